@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 # One tensor per modality [B, ...], "label" [B] int64, and "row" [B] int64: the row's number within its split.
 Batch = dict[str, "Tensor"]
 
-# One line of records.jsonl; see `epoch_record` and `decision_record` in engine/records.py for its fields.
+# One line of records.jsonl, the truth that every table, picture and gauge is drawn from. All have `seq` (0, 1, ...),
+# `time` (Unix seconds) and `kind`:
+#   start     run, method, corpus, modalities, classes (names), epochs, batches (per epoch), samples {split: n},
+#             parameters, workers, device, seed
+#   epoch     epoch (1-based), lr, train {loss, losses {term: mean}, accuracy {fused, <modality>}, score {<modality>}},
+#             valid {loss, accuracy {fused, <modality>}, score} or null, gap (valid; best minus worst modality),
+#             classifiers {<modality>: n} or {}, coefficients {name: mean}, best_epoch,
+#             seconds, data_wait_s, samples_per_s
+#   decision  epoch, action, add [modalities], inputs {...}, classifiers {<modality>: n after it}
+#   event     event ("resumed", "skipped_rows", "checkpoint_fallback", "interrupted", ...) and free fields
+#   end       summary (the content of summary.json)
 Record = dict[str, Any]
 
 LABEL = "label"
