@@ -1,21 +1,72 @@
 """Files on local disk and in object storage behind one small set of functions.
 
-A place is a plain path or a URI that fsspec knows (`s3://bucket/prefix`). Credentials and endpoints come from the
-environment (`AWS_*`, `AWS_ENDPOINT_URL_S3`), never from an argument, so that they cannot reach a log or a config.
+A place is a plain path or a URI that fsspec knows (`s3://bucket/prefix`). Credentials and endpoints come from
+the environment (`AWS_*`, `AWS_ENDPOINT_URL_S3`), never from an argument, so that they cannot reach a log or a
+config.
+
+S3 clients do not protect from a slow server: one that drips a few bytes per second holds them for ever. So
+every remote operation, with all its retries, has a deadline of ours (base plus size over a minimum throughput),
+and ours is the only layer that retries. Local paths skip all of that.
+
+Errors: `DataError` for what is not there, `ResourceError` for what cannot be reached, read or written. Both
+name the place and carry no credentials.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import contextlib
+import errno
+import functools
+import io
 import os
+import re
+import shutil
+import threading
+import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
 
 import fsspec
 
+from counterpoise.contracts import ConfigError, CounterpoiseError, DataError, ResourceError
 
-def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system that holds `uri`, and the path of `uri` on it."""
-    fs, path = fsspec.core.url_to_fs(uri)
-    return fs, path
+
+@dataclass(frozen=True)
+class Limits:
+    """How long one remote operation may take, with all its tries, and how often it is tried."""
+
+    deadline_s: float = 60.0  # of an operation without payload
+    bytes_per_s: float = 1e6  # the slowest server we wait for; size / bytes_per_s is added to the deadline
+    attempts: int = 8
+    connect_s: float = 10.0
+    read_s: float = 20.0  # silence on a connection
+    backoff_s: float = 0.5  # first pause between tries at most; doubles, with full jitter
+    backoff_max_s: float = 10.0
+
+    def seconds(self, num_bytes: int) -> float:
+        return self.deadline_s + num_bytes / self.bytes_per_s
+
+
+LIMITS = Limits()
+_limits: ContextVar[Limits] = ContextVar("storage_limits", default=LIMITS)
+
+
+@contextlib.contextmanager
+def limits(**changes: float) -> Iterator[Limits]:
+    """Other limits within a `with` block of this thread: `with limits(deadline_s=5): ...`."""
+    token = _limits.set(replace(_limits.get(), **changes))  # type: ignore[arg-type]
+    try:
+        yield _limits.get()
+    finally:
+        _limits.reset(token)
+
+
+# -------------------------------------------------------------------------------------------------- places
 
 
 def is_local(uri: str) -> bool:
@@ -26,34 +77,391 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(p.strip("/") for p in parts)])
 
 
+def show(uri: str) -> str:
+    """The place as it may be printed: without user name and password."""
+    return re.sub(r"://[^/\s]*@", "://", uri)
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system that holds `uri`, and the path of `uri` on it."""
+    try:
+        if uri.startswith(("s3://", "s3a://")):
+            fs, path = fsspec.core.url_to_fs(uri, **_s3_options())
+            fs.retries = 1  # s3fs has a retry layer of its own above botocore's
+            return fs, path
+        fs, path = fsspec.core.url_to_fs(uri)
+        return fs, path
+    except ImportError as error:
+        raise ResourceError(f"{show(uri)}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{show(uri)}: {error}; give a path or s3://bucket/prefix") from error
+
+
+def local_path(uri: str) -> str:
+    """The absolute path of a local place."""
+    assert is_local(uri), f"{show(uri)} is not local"
+    return str(filesystem(uri)[1])
+
+
+def _s3_options() -> dict[str, Any]:
+    now = _limits.get()
+    return {
+        # Part of the instance's cache key here, so that a changed environment gives another client.
+        "endpoint_url": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None,
+        "use_listings_cache": False,
+        "config_kwargs": {
+            "retries": {"total_max_attempts": 1},
+            "connect_timeout": now.connect_s,
+            "read_timeout": now.read_s,
+        },
+    }
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
 def exists(uri: str) -> bool:
-    fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    if is_local(uri):
+        return os.path.exists(local_path(uri))
+    return bool(_remote(uri, "exists"))
+
+
+def size(uri: str) -> int:
+    """Bytes of a file."""
+    if is_local(uri):
+        with _local_errors(uri):
+            return os.path.getsize(local_path(uri))
+    return _remote_size(uri)
 
 
 def read_bytes(uri: str) -> bytes:
-    fs, path = filesystem(uri)
-    return bytes(fs.cat_file(path))
+    if is_local(uri):
+        with _local_errors(uri), open(local_path(uri), "rb") as file:
+            return file.read()
+    num_bytes = _remote_size(uri)
+    if num_bytes == 0:
+        return b""
+    data = bytes(_remote(uri, "cat_file", num_bytes=num_bytes))
+    if len(data) != num_bytes:
+        raise DataError(f"{show(uri)}: {len(data):,} bytes came, {num_bytes:,} were announced")
+    return data
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Write a whole file so that readers see the old content or the new, never a part."""
-    fs, path = filesystem(uri)
-    if not is_local(uri):  # a PUT is atomic
-        fs.pipe_file(path, data)
-        return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def read_text(uri: str) -> str:
+    try:
+        return read_bytes(uri).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{show(uri)} is not text: {error}") from error
+
+
+def open_input(uri: str) -> BinaryIO:
+    """A readable, seekable file for pyarrow and its like. Remote ones read ranges, each with a deadline."""
+    if is_local(uri):
+        with _local_errors(uri):
+            return open(local_path(uri), "rb")
+    return io.BufferedReader(_RemoteFile(uri, _remote_size(uri)), buffer_size=1 << 20)
 
 
 def list_names(uri: str) -> list[str]:
     """Names (without the folder) of the entries of a folder, sorted; empty if there is no such folder."""
-    fs, path = filesystem(uri)
-    if not fs.exists(path):
+    if is_local(uri):
+        with _local_errors(uri):
+            try:
+                return sorted(os.listdir(local_path(uri)))
+            except FileNotFoundError:
+                return []
+    path = filesystem(uri)[1].rstrip("/")
+    try:
+        entries = _remote(uri, "ls", detail=False)
+    except DataError:
         return []
-    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+    return sorted(e.rstrip("/").rsplit("/", 1)[-1] for e in entries if e.rstrip("/") != path)
+
+
+def list_files(uri: str) -> dict[str, int]:
+    """Bytes of every file below a folder by relative path, sorted; empty if there is no such folder."""
+    if is_local(uri):
+        top, found = local_path(uri), {}
+        for folder, _, names in os.walk(top):
+            for name in names:
+                path = os.path.join(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # another process removes and renames meanwhile
+                    found[os.path.relpath(path, top).replace(os.sep, "/")] = os.path.getsize(path)
+        return dict(sorted(found.items()))
+    path = filesystem(uri)[1].rstrip("/") + "/"
+    entries = _remote(uri, "find", detail=True)
+    return {n[len(path) :]: int(e["size"] or 0) for n, e in sorted(entries.items()) if n.startswith(path)}
+
+
+def free_bytes(uri: str) -> int | None:
+    """Free space for files at a local place, on the nearest folder that exists; None for object storage."""
+    if not is_local(uri):
+        return None
+    path = local_path(uri)
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def make_folder(uri: str) -> None:
+    """Make a folder and those above it; object storage has none."""
+    if is_local(uri):
+        with _local_errors(uri):
+            os.makedirs(local_path(uri), exist_ok=True)
+
+
+def write_bytes(uri: str, data: bytes, durable: bool = True) -> None:
+    """Write a whole file so that readers see the old content or the new, never a part.
+
+    durable: on return the content also survives a power cut (costs an fsync of the file and of its folder).
+    """
+    if not is_local(uri):  # a PUT is atomic
+        _remote(uri, "pipe_file", data, num_bytes=len(data))
+        return
+    path = local_path(uri)
+    with _local_errors(uri, len(data)):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
+        try:
+            write_file(temporary, data, durable)
+            os.replace(temporary, path)
+        except Exception:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+        if durable:
+            sync_folder(os.path.dirname(path))
+
+
+def write_text(uri: str, text: str, durable: bool = True) -> None:
+    write_bytes(uri, text.encode(), durable)
+
+
+def write_new(uri: str, data: bytes) -> bool:
+    """Write a file only if there is none: True for exactly one of several writers.
+
+    `data` should be unique to the writer: a retried PUT that had succeeded unnoticed is known by its content.
+    A server that does not know conditional writes overwrites; then nobody is told False.
+    """
+    if is_local(uri):
+        path = local_path(uri)
+        with _local_errors(uri, len(data)):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
+            try:
+                write_file(temporary, data)
+                os.link(temporary, path)  # unlike O_EXCL and a write, never leaves a part
+            except FileExistsError:
+                return False
+            finally:
+                with contextlib.suppress(OSError):
+                    os.remove(temporary)
+            sync_folder(os.path.dirname(path))
+            return True
+    if exists(uri):
+        return False
+    try:
+        _remote(uri, "pipe_file", data, num_bytes=len(data), mode="create")
+    except FileExistsError:
+        return read_bytes(uri) == data
+    return True
+
+
+def delete(uri: str) -> None:
+    """Remove a file or a folder with all it holds; it is no error if there is none."""
+    if is_local(uri):
+        path = local_path(uri)
+        with _local_errors(uri), contextlib.suppress(FileNotFoundError):
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
+        return
+    with contextlib.suppress(DataError):
+        _remote(uri, "rm", recursive=True)
+
+
+def write_file(path: str, data: bytes, durable: bool = True) -> None:
+    """Write a local file in place: for names nobody reads yet."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+
+
+def sync_folder(path: str) -> None:
+    """Make renames and new names in a local folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems refuse fsync of a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _local_errors(uri: str, needed: int = 0) -> Iterator[None]:
+    """Say in one line what the operating system refused; `FileExistsError` passes."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{uri}: there is no such file") from error
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise disk_error(uri, error, needed) from error
+
+
+def disk_error(uri: str, error: OSError, needed: int = 0) -> ResourceError:
+    """A failed local read or write as an error for the user; for a full disk with needed and free bytes."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"{uri}: disk full; {needed:,} bytes needed, {free_bytes(uri):,} free")
+    return ResourceError(f"{uri}: {error.strerror or error}")
+
+
+# -------------------------------------------------------------------------------------------------- remote
+
+
+class _RemoteFile(io.RawIOBase):
+    """Byte ranges of one object as a raw file."""
+
+    def __init__(self, uri: str, num_bytes: int) -> None:
+        self._uri, self._size, self._position = uri, num_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        start, end = self._position, min(self._position + len(buffer), self._size)
+        if start >= end:
+            return 0
+        data = _remote(self._uri, "cat_file", num_bytes=end - start, start=start, end=end)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _remote_size(uri: str) -> int:
+    info = _remote(uri, "info")
+    if info.get("type") == "directory":
+        raise DataError(f"{show(uri)}: there is no such file (it is a folder)")
+    return int(info["size"] or 0)
+
+
+def _remote(uri: str, operation: str, *args: Any, num_bytes: int = 0, **options: Any) -> Any:
+    """One operation of the remote file system, tried again while it fails in passing, within one deadline."""
+    import tenacity
+
+    now = _limits.get()
+    allowed = now.seconds(num_bytes)
+    end = time.monotonic() + allowed
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(now.attempts) | tenacity.stop_before_delay(allowed),
+        wait=tenacity.wait_random_exponential(multiplier=now.backoff_s, max=now.backoff_max_s),
+        retry=tenacity.retry_if_exception(_is_transient),
+        reraise=True,
+    )
+    tries = 0
+
+    def attempt() -> Any:
+        nonlocal tries
+        tries += 1
+        fs, path = filesystem(uri)
+        return _within(end - time.monotonic(), fs, operation, path, *args, **options)
+
+    try:
+        return retrying(attempt)
+    except (CounterpoiseError, FileExistsError):
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{show(uri)}: there is no such file or bucket") from error
+    except PermissionError as error:
+        raise ResourceError(
+            f"{show(uri)}: access denied ({error}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+            "AWS_SESSION_TOKEN and the rights of the key"
+        ) from error
+    except Exception as error:
+        if "Credentials" in type(error).__name__:
+            raise ResourceError(
+                f"{show(uri)}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+                "(and AWS_ENDPOINT_URL_S3 for a server that is not Amazon's)"
+            ) from error
+        what = "no answer" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
+        tried = f"{tries} {'try' if tries == 1 else 'tries'}"
+        raise ResourceError(
+            f"{show(uri)}: {operation.replace('_file', '')} failed after {tried}, deadline {allowed:.0f} s: "
+            f"{show(' '.join(what.split()))}"
+        ) from error
+
+
+def _within(seconds: float, fs: Any, operation: str, path: str, *args: Any, **options: Any) -> Any:
+    """The operation's result, or TimeoutError when the time is over, whatever the server does."""
+    if seconds <= 0:
+        raise TimeoutError
+    future: concurrent.futures.Future[Any]
+    if fs.async_impl:  # s3fs: the coroutine is cancelled and its connection closed
+        coroutine = getattr(fs, "_" + operation)(path, *args, **options)
+        future = asyncio.run_coroutine_threadsafe(coroutine, fs.loop)
+    else:  # a thread cannot be stopped, only left behind
+        future = concurrent.futures.Future()
+        call = functools.partial(getattr(fs, operation), path, *args, **options)
+        threading.Thread(target=_fulfil, args=(future, call), daemon=True).start()
+    try:
+        return future.result(seconds)
+    except concurrent.futures.CancelledError as error:
+        raise TimeoutError from error
+    finally:
+        future.cancel()
+
+
+def _fulfil(future: concurrent.futures.Future[Any], call: Callable[[], Any]) -> None:
+    try:
+        value = call()
+    except BaseException as error:
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            future.set_exception(error)
+    else:
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            future.set_result(value)
+
+
+# Class names, so that neither botocore nor aiohttp is imported for local paths.
+_TRANSIENT = {
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "ConnectionError",
+    "FSTimeoutError",
+    "HTTPClientError",
+    "IncompleteRead",
+    "IncompleteReadError",
+    "ResponseParserError",
+    "ResponseStreamingError",
+    "ServerDisconnectedError",
+}
+_TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: connections, timeouts and 5xx, never 403 or 404."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429 or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    return any(cls.__name__ in _TRANSIENT for cls in type(error).__mro__)
