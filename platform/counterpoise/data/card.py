@@ -1,0 +1,470 @@
+"""The card of a corpus: `corpus.yaml`, read and checked. Imports neither torch nor pyarrow."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from counterpoise import storage
+from counterpoise.contracts import LABEL, ROW, ConfigError, DataError
+
+CARD = "corpus.yaml"
+SPLITS = ("train", "valid", "test")
+MAX_CARD_BYTES = 1_000_000
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AudioPreprocess(_Model):
+    """A log spectrogram [1, F, T]; the defaults give the 257 x 188 of the CREMA-D papers."""
+
+    sample_rate: int = Field(22050, gt=0, description="Hz; files of another rate are resampled")
+    seconds: float = Field(3.0, gt=0, le=600, description="length; longer clips are cut at the end")
+    fill: Literal["tile", "zero"] = Field(
+        "tile", description="shorter clips are repeated, or followed by silence"
+    )
+    n_fft: int = Field(512, ge=2, description="samples of a Hann window")
+    hop_length: int = Field(353, ge=1, description="samples between windows")
+    mel: int | None = Field(None, ge=1, description="mel bands; null keeps the n_fft // 2 + 1 linear bins")
+    log_floor: float = Field(1e-7, gt=0, description="added to the magnitude before the logarithm")
+    clip: bool = Field(True, description="clip the waveform to -1..1")
+    mean: float = Field(0.0, description="subtracted from the log spectrogram")
+    std: float = Field(1.0, gt=0, description="the log spectrogram is divided by it")
+
+    @model_validator(mode="after")
+    def _long_enough(self) -> AudioPreprocess:
+        if self.num_samples <= self.n_fft // 2:
+            raise ValueError(
+                f"seconds {self.seconds} is shorter than half a window of n_fft {self.n_fft} samples"
+            )
+        return self
+
+    @property
+    def num_samples(self) -> int:
+        return round(self.seconds * self.sample_rate)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1, self.mel or self.n_fft // 2 + 1, 1 + self.num_samples // self.hop_length)
+
+
+class ImagePreprocess(_Model):
+    """Pixels as (x / 255 - mean) / std [C, H, W]."""
+
+    size: tuple[int, int] = Field(description="height and width in pixels; other sizes are scaled (bilinear)")
+    channels: Literal[1, 3] = Field(3, description="1 grey, 3 RGB")
+    mean: tuple[float, ...] = Field((0.0,), description="per channel or one for all, on the 0..1 scale")
+    std: tuple[float, ...] = Field((1.0,), description="per channel or one for all, on the 0..1 scale")
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _one_for_all(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> ImagePreprocess:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.channels):
+                raise ValueError(f"{name} has {len(getattr(self, name))} values; give 1 or {self.channels}")
+        if min(self.std) <= 0:
+            raise ValueError("std must be greater than 0")
+        if min(self.size) < 1 or max(self.size) > 4096:
+            raise ValueError(f"size is {list(self.size)}; each side must lie in 1..4096")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.channels, *self.size)
+
+
+class FramesPreprocess(ImagePreprocess):
+    """Evenly spaced frames [T, C, H, W] of a list of encoded images; too few frames are repeated."""
+
+    num_frames: int = Field(ge=1, description="frames taken, evenly spaced, first and last included")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.num_frames, self.channels, *self.size)
+
+
+class TextPreprocess(_Model):
+    """Hashed lower-cased words [L]; 0 pads."""
+
+    max_length: int = Field(32, ge=1, description="words kept")
+    vocabulary: int = Field(20000, ge=2, description="token ids lie in 1..vocabulary-1")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.max_length,)
+
+
+class VectorPreprocess(_Model):
+    """A feature vector [D]."""
+
+    shape: tuple[int] | None = Field(None, description="[D]; null takes it from the train split")
+    standardize: bool = Field(False, description="z-score per feature, with mean and std of the train split")
+
+
+class SeriesPreprocess(_Model):
+    """A multichannel series [T, C], stored flat, time first."""
+
+    shape: tuple[int, int] = Field(description="[T, C]")
+    standardize: bool = Field(False, description="z-score per channel, with mean and std of the train split")
+
+
+class AudioModality(_Model):
+    kind: Literal["audio"]
+    column: str = Field(description="column of encoded bytes")
+    encoding: Literal["wav", "flac", "ogg"] | None = Field(None, description="null accepts any of them")
+    preprocess: AudioPreprocess = AudioPreprocess()
+
+
+class ImageModality(_Model):
+    kind: Literal["image"]
+    column: str = Field(description="column of encoded bytes")
+    encoding: Literal["png", "jpeg"] | None = Field(None, description="null accepts either")
+    preprocess: ImagePreprocess
+
+
+class FramesModality(_Model):
+    kind: Literal["frames"]
+    column: str = Field(description="column of lists of encoded images")
+    encoding: Literal["png", "jpeg"] | None = Field(None, description="null accepts either")
+    preprocess: FramesPreprocess
+
+
+class TextModality(_Model):
+    kind: Literal["text"]
+    column: str = Field(description="column of strings, or of their UTF-8 bytes")
+    encoding: Literal["utf8"] = "utf8"
+    preprocess: TextPreprocess = TextPreprocess()
+
+
+class VectorModality(_Model):
+    kind: Literal["vector"]
+    column: str | tuple[str, ...] = Field(description="one column of lists, or several columns of numbers")
+    encoding: Literal["float32", "float64"] | None = Field(
+        None, description="for the reader only; any number is read"
+    )
+    preprocess: VectorPreprocess = VectorPreprocess()
+
+
+class SeriesModality(_Model):
+    kind: Literal["series"]
+    column: str = Field(description="column of flat lists of T * C numbers")
+    encoding: Literal["float32", "float64"] | None = Field(
+        None, description="for the reader only; any number is read"
+    )
+    preprocess: SeriesPreprocess
+
+
+ModalityCard = Annotated[
+    AudioModality | ImageModality | FramesModality | TextModality | VectorModality | SeriesModality,
+    Field(discriminator="kind"),
+]
+AnyModality = AudioModality | ImageModality | FramesModality | TextModality | VectorModality | SeriesModality
+
+
+class Carve(_Model):
+    """A split taken out of another one: decided by sample ids, labels, groups and the seed alone."""
+
+    source: Literal["train"] = Field("train", alias="from", description="the split it is taken from")
+    fraction: float = Field(0.1, gt=0, lt=1, description="part of the source's rows")
+    seed: int = Field(0, description="another seed carves other rows")
+    group: str | None = Field(None, description="column whose rows stay together (speaker, clip, ...)")
+    stratify: bool = Field(True, description="the fraction of every class, where groups allow it")
+
+
+class SplitCard(_Model):
+    """Where a split's rows are: files, or a part carved out of train."""
+
+    files: tuple[str, ...] = Field(
+        (), description="Parquet files or globs, relative to the card, absolute, or s3://"
+    )
+    where: dict[str, Any] = Field(
+        default_factory=dict, description="keep rows whose column has this value (or one of)"
+    )
+    expected: int | None = Field(None, ge=0, description="number of rows; checked on opening")
+    sha256: dict[str, str] = Field(
+        default_factory=dict, description="file name to SHA-256; checked by `corpora check`"
+    )
+    carve: Carve | None = None
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SplitCard:
+        if bool(self.files) == (self.carve is not None):
+            raise ValueError("give either files or carve")
+        if self.carve and self.where:
+            raise ValueError("where goes with files, not with carve")
+        return self
+
+
+class Card(_Model):
+    """What a corpus is and where its parts are."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64, description="lower case, one word")
+    title: str = ""
+    description: str = ""
+    licence: str = Field("", description="of the data, not of the code")
+    source: tuple[str, ...] = Field((), description="where it comes from: addresses or words")
+    citation: str = ""
+    classes: tuple[str, ...] = Field((), description="class names in label order")
+    num_classes: int | None = Field(
+        None, ge=2, description="instead of `classes`, for integer labels without names"
+    )
+    label: str = Field("label", description="column of integers, or of strings that are in `classes`")
+    sample_id: str | None = Field(None, description="column; null makes ids from file names and row numbers")
+    splits: dict[Literal["train", "valid", "test"], SplitCard]
+    modalities: dict[str, ModalityCard] = Field(min_length=1)
+
+    _location: str = PrivateAttr("")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _as_names(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        if any(isinstance(v, bool) or v is None for v in value):
+            raise ValueError("a class name is read as yes/no/null; put it in quotes")
+        return tuple(str(v) for v in value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Card:
+        if bool(self.classes) == (self.num_classes is not None):
+            raise ValueError("give either classes or num_classes")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("a class name is given twice")
+        if self.classes and len(self.classes) < 2:
+            raise ValueError("give at least two classes")
+        if "train" not in self.splits:
+            raise ValueError("splits has no train")
+        if self.splits["train"].carve:
+            raise ValueError("splits.train cannot be carved; give its files")
+        for name in self.modalities:
+            if name in (LABEL, ROW, "fused") or not name.isidentifier():
+                raise ValueError(f"modalities.{name}: the name must be one word, and not label, row or fused")
+        return self
+
+    @property
+    def location(self) -> str:
+        """Path or URI of the file this card was read from; empty for a card made in code."""
+        return self._location
+
+    @property
+    def folder(self) -> str:
+        return self._location.rsplit("/", 1)[0] if "/" in self._location else "."
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classes or tuple(str(k) for k in range(self.num_classes or 0))
+
+    def at(self, location: str) -> Card:
+        """The same card as if read from `location`, which relative file names are resolved against."""
+        copy = self.model_copy()
+        copy._location = location
+        return copy
+
+    def select(self, modalities: Iterable[str] | None) -> dict[str, AnyModality]:
+        """The named modalities, in the order given; all of them for None."""
+        names = tuple(self.modalities) if modalities is None else tuple(modalities)
+        for name in names:
+            if name not in self.modalities:
+                raise ConfigError(
+                    f"corpus {self.name} has no modality '{name}'{did_you_mean(name, self.modalities)}; "
+                    f"it has: {', '.join(self.modalities)}"
+                )
+        if not names:
+            raise ConfigError(f"no modalities chosen; corpus {self.name} has: {', '.join(self.modalities)}")
+        if len(set(names)) != len(names):
+            raise ConfigError(f"a modality is chosen twice: {', '.join(names)}")
+        return {name: self.modalities[name] for name in names}
+
+
+def did_you_mean(word: object, known: Iterable[object]) -> str:
+    """'; did you mean x?' or nothing."""
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def corpora_home() -> str:
+    """The folder of prepared corpora: $COUNTERPOISE_HOME/corpora, by default ~/.cache/counterpoise/corpora."""
+    home = os.environ.get("COUNTERPOISE_HOME")
+    if not home:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        home = os.path.join(cache, "counterpoise")
+    return storage.join(home, "corpora")
+
+
+def prepared_corpora() -> list[str]:
+    """Names of the corpora under `corpora_home()`, sorted."""
+    home = corpora_home()
+    return [
+        n
+        for n in storage.list_names(home)
+        if not n.startswith(".") and storage.exists(storage.join(home, n, CARD))
+    ]
+
+
+def load_card(place: str | os.PathLike[str]) -> Card:
+    """The card named by a corpus name, a folder, or a `corpus.yaml` (local or s3://)."""
+    text = os.fspath(place)
+    if text.endswith((".yaml", ".yml")):
+        location = text
+    elif "/" in text or os.sep in text or text in (".", ".."):
+        location = storage.join(text, CARD)
+    else:
+        location = storage.join(corpora_home(), text, CARD)
+        if not storage.exists(location):
+            raise ConfigError(_unknown_corpus(text))
+    if not storage.exists(location):
+        raise ConfigError(f"{location}: no such file; give a corpus name, or a folder that holds a {CARD}")
+    if storage.is_local(location):
+        location = str(Path(location.removeprefix("file://")).absolute())
+    return parse_card(storage.read_bytes(location), location)
+
+
+def _unknown_corpus(name: str) -> str:
+    from counterpoise.data.recipes import recipe_names
+
+    recipes = recipe_names()
+    if name in recipes:
+        return f"corpus {name} is not prepared; run: counterpoise corpora prepare {name}"
+    known = sorted({*recipes, *prepared_corpora()})
+    return (
+        f"corpus is '{name}'{did_you_mean(name, known)}; known corpora: {', '.join(known) or 'none'}. "
+        f"A folder is given with a slash, as in ./{name}"
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load without aliases (they can expand without bound) and without silently repeated keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                message = f"key '{key.value}' is given twice"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_card(data: bytes, location: str) -> Card:
+    """The card in the bytes of a `corpus.yaml`; `location` is named in errors and resolves relative files."""
+    if len(data) > MAX_CARD_BYTES:
+        raise ConfigError(f"{location}: {len(data)} bytes; a card has at most {MAX_CARD_BYTES}")
+    try:
+        # ruff does not see that the loader is a SafeLoader
+        raw = yaml.load(data.decode("utf-8"), Loader=_Loader)  # noqa: S506
+    except UnicodeDecodeError:
+        raise ConfigError(f"{location}: not UTF-8 text") from None
+    except RecursionError:
+        raise ConfigError(f"{location}: nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{location}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{location}: a card is a mapping with keys such as name, splits and modalities")
+    try:
+        card = Card.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explained(error, location)) from None
+    return card.at(location)
+
+
+_KINDS: Mapping[str, type[_Model]] = {
+    "audio": AudioModality,
+    "image": ImageModality,
+    "frames": FramesModality,
+    "text": TextModality,
+    "vector": VectorModality,
+    "series": SeriesModality,
+}
+
+
+def _allowed(loc: tuple[Any, ...]) -> Iterable[str]:
+    """Keys that would be right beside the wrong key at `loc`."""
+    if loc[0] == "modalities" and len(loc) > 3:
+        model: Any = _KINDS[loc[2]]
+        return (model.model_fields["preprocess"].annotation if len(loc) > 4 else model).model_fields
+    if loc[0] == "splits" and len(loc) > 2:
+        model = Carve if loc[2] == "carve" and len(loc) > 3 else SplitCard
+        return [field.alias or name for name, field in model.model_fields.items()]
+    return SPLITS if loc[0] == "splits" else Card.model_fields
+
+
+def _explained(error: ValidationError, location: str) -> str:
+    lines = []
+    for problem in error.errors():
+        loc = problem["loc"]
+        shown = [
+            str(p) for i, p in enumerate(loc) if p != "[key]" and not (loc[0] == "modalities" and i == 2)
+        ]
+        key = ".".join(shown) or "card"
+        given = problem.get("input")
+        if problem["type"] == "extra_forbidden":
+            known = list(_allowed(loc))
+            lines.append(f"{key}: unknown key{did_you_mean(loc[-1], known)}; known keys: {', '.join(known)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key}: missing")
+        elif problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            kind = given.get("kind") if isinstance(given, dict) else given
+            lines.append(
+                f"{key}.kind is '{kind}'{did_you_mean(kind, _KINDS)}; known kinds: {', '.join(_KINDS)}"
+            )
+        elif problem["type"] == "literal_error" and loc[0] == "splits" and len(loc) < 4:
+            lines.append(
+                f"{key}: no such split{did_you_mean(given, SPLITS)}; splits are: {', '.join(SPLITS)}"
+            )
+        elif problem["type"] == "value_error":
+            lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}")
+        else:
+            lines.append(f"{key} is {given!r:.80}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return f"{location}: " + "; ".join(lines)
+
+
+def resolve(card: Card, pattern: str) -> str:
+    """A file or glob of the card as an absolute path or URI."""
+    if "://" in pattern or os.path.isabs(pattern):
+        return pattern
+    return storage.join(card.folder, pattern)
+
+
+def split_card(card: Card, split: str) -> SplitCard | None:
+    if split not in SPLITS:
+        raise DataError(
+            f"no split is called '{split}'{did_you_mean(split, SPLITS)}; splits are: {', '.join(SPLITS)}"
+        )
+    return card.splits.get(split)  # type: ignore[call-overload, no-any-return]

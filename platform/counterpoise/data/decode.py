@@ -1,0 +1,330 @@
+"""Encoded cells to compact arrays, one sample at a time, so that no bit depends on how samples are batched.
+
+Compact forms: audio float32 [1, F, T], image uint8 [C, H, W], frames uint8 [T, C, H, W], text int32 [L],
+vector float32 [D], series float32 [T, C].
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import re
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from counterpoise.contracts import InputSpec
+from counterpoise.data.card import (
+    AnyModality,
+    AudioModality,
+    AudioPreprocess,
+    FramesModality,
+    ImageModality,
+    ImagePreprocess,
+    SeriesModality,
+    TextModality,
+    VectorModality,
+)
+
+MAX_PIXELS = 50_000_000  # of the encoded image; Pillow alone would decode 179 million
+MAX_SECONDS = 600.0  # of the encoded clip
+MAX_FRAMES = 10_000
+LFS_POINTER = b"version https://git-lfs"
+_WORD = re.compile(r"[^\W_]+")
+
+
+class DecodeError(Exception):
+    """A cell that cannot be decoded; the text says why."""
+
+
+class RowError(Exception):
+    """A row that cannot be decoded: which modality, and why."""
+
+    def __init__(self, modality: str, reason: str) -> None:
+        super().__init__(modality, reason)
+        self.modality = modality
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a modality takes from the train split: its shape and, if standardised, mean and std (float64)."""
+
+    shape: tuple[int, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Stats:
+        return cls(tuple(data["shape"]), tuple(data["mean"]), tuple(data["std"]))
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes whole rows. Plain data: it can be sent to another process."""
+
+    modalities: dict[str, AnyModality]
+    stats: dict[str, Stats]
+
+    def __call__(self, cells: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Compact arrays of one row; RowError if any modality cannot be decoded."""
+        result = {}
+        for name, modality in self.modalities.items():
+            try:
+                result[name] = decode_cell(cells[name], modality, self.stats.get(name))
+            except DecodeError as error:
+                raise RowError(name, str(error)) from None
+        return result
+
+
+def input_spec(modality: AnyModality, stats: Stats | None = None) -> InputSpec:
+    """The tensor that a modality's cells become."""
+    shape = stats.shape if stats is not None else modality.preprocess.shape
+    assert shape is not None, "the shape of a vector comes with its stats"
+    vocabulary = modality.preprocess.vocabulary if isinstance(modality, TextModality) else 0
+    return InputSpec(modality.kind, tuple(shape), vocabulary)
+
+
+def compact_dtype(modality: AnyModality) -> np.dtype:
+    return np.dtype({"image": np.uint8, "frames": np.uint8, "text": np.int32}.get(modality.kind, np.float32))
+
+
+def decode_cell(value: Any, modality: AnyModality, stats: Stats | None = None) -> np.ndarray:
+    """The compact array of one cell; DecodeError if it is missing, damaged, or not what the card says."""
+    if value is None:
+        raise DecodeError("missing")
+    match modality:
+        case AudioModality():
+            return spectrogram(
+                _waveform(_media(value), modality.encoding, modality.preprocess), modality.preprocess
+            )
+        case FramesModality():
+            return _frames(value, modality)
+        case ImageModality():
+            return _image(_media(value), modality.encoding, modality.preprocess)
+        case TextModality():
+            return _tokens(value, modality)
+        case VectorModality():
+            array = numbers(value)
+            if stats is not None and array.shape != stats.shape:
+                raise DecodeError(f"{len(array)} numbers instead of {stats.shape[0]}")
+            return _standardized(array, stats)
+        case SeriesModality():
+            array = numbers(value)
+            frames, channels = modality.preprocess.shape
+            if len(array) != frames * channels:
+                raise DecodeError(f"{len(array)} numbers instead of {frames} x {channels}")
+            return _standardized(array.reshape(frames, channels), stats)
+
+
+def _media(value: Any) -> bytes:
+    if not isinstance(value, bytes):
+        raise DecodeError(f"{type(value).__name__} instead of encoded bytes")
+    if not value:
+        raise DecodeError("empty")
+    if value.startswith(LFS_POINTER):
+        raise DecodeError("a git-LFS pointer, not the file itself (git lfs pull)")
+    return value
+
+
+# Audio
+
+
+def _check_wav(data: bytes) -> None:
+    """Raise if the data chunk is shorter than its header says: libsndfile would return what is there, silently."""
+    at = 12
+    while at + 8 <= len(data):
+        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if name == b"data":
+            present = len(data) - at - 8
+            if size == 0:
+                raise DecodeError("WAV without samples")
+            # programs that write to a pipe cannot know the length and leave about 2**31 or 2**32
+            if size > present and size < 0x7FFFF000:
+                raise DecodeError(f"cut short: WAV of {size} data bytes, {present} present")
+            return
+        at += 8 + size + size % 2
+    raise DecodeError("cut short: WAV without data")
+
+
+def _waveform(data: bytes, encoding: str | None, settings: AudioPreprocess) -> np.ndarray:
+    import soundfile
+    from scipy.signal import resample_poly
+
+    magic = {b"RIFF": "wav", b"RF64": "wav", b"fLaC": "flac", b"OggS": "ogg"}.get(data[:4])
+    if magic is None or (encoding is not None and magic != encoding):
+        raise DecodeError(f"not {encoding or 'WAV, FLAC or Ogg'}: begins with {data[:4]!r}")
+    if data[:4] == b"RIFF":
+        _check_wav(data)
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            rate, promised = file.samplerate, file.frames
+            if promised > rate * MAX_SECONDS:
+                raise DecodeError(f"{promised / rate:.0f} s long; at most {MAX_SECONDS:.0f} s are read")
+            wave = file.read(dtype="float32", always_2d=True).mean(axis=1, dtype=np.float32)
+    except (soundfile.SoundFileError, RuntimeError, ValueError) as error:
+        raise DecodeError(f"not decodable: {' '.join(str(error).split())}") from None
+    if len(wave) == 0:
+        raise DecodeError("no samples")
+    if len(wave) < promised:
+        raise DecodeError(f"cut short: {len(wave)} of {promised} samples")
+    if not np.isfinite(wave).all():
+        raise DecodeError("NaN or infinite samples")
+    if rate != settings.sample_rate:
+        divisor = math.gcd(rate, settings.sample_rate)
+        wave = resample_poly(wave, settings.sample_rate // divisor, rate // divisor).astype(np.float32)
+    wanted = settings.num_samples
+    if len(wave) < wanted:
+        wave = np.resize(wave, wanted) if settings.fill == "tile" else np.pad(wave, (0, wanted - len(wave)))
+    wave = wave[:wanted]
+    return np.clip(wave, -1.0, 1.0) if settings.clip else wave
+
+
+@functools.lru_cache(maxsize=8)
+def mel_filters(num_bins: int, num_bands: int, sample_rate: int) -> np.ndarray:
+    """Triangular filters on the HTK mel scale [bands, bins], each with peak 1."""
+    top = 2595 * math.log10(1 + sample_rate / 2 / 700)
+    centres = 700 * (10 ** (np.linspace(0, top, num_bands + 2) / 2595) - 1)
+    hertz = np.linspace(0, sample_rate / 2, num_bins)
+    left, middle, right = centres[:-2, None], centres[1:-1, None], centres[2:, None]
+    filters = np.minimum((hertz - left) / (middle - left), (right - hertz) / (right - middle)).clip(0)
+    # a band narrower than the distance of two bins would be empty: give it the nearest bin
+    empty = np.flatnonzero(filters.max(axis=1) == 0)
+    filters[empty, np.abs(hertz[None] - middle[empty]).argmin(axis=1)] = 1.0
+    return filters.astype(np.float32)
+
+
+def spectrogram(wave: np.ndarray, settings: AudioPreprocess) -> np.ndarray:
+    """log(|STFT| + floor), or log of mel bands of |STFT|, scaled by the card's mean and std; float32 [1, F, T]."""
+    import torch
+
+    with torch.inference_mode():
+        spectrum = torch.stft(
+            torch.from_numpy(np.ascontiguousarray(wave)),
+            settings.n_fft,
+            settings.hop_length,
+            window=torch.hann_window(settings.n_fft),
+            center=True,
+            pad_mode="reflect",
+            return_complex=True,
+        )
+        magnitude = spectrum.abs().numpy()
+    if settings.mel:
+        magnitude = mel_filters(len(magnitude), settings.mel, settings.sample_rate) @ magnitude
+    result = (np.log(magnitude + np.float32(settings.log_floor)) - np.float32(settings.mean)) / np.float32(
+        settings.std
+    )
+    return result.astype(np.float32)[None]
+
+
+# Images
+
+
+def _image(data: bytes, encoding: str | None, settings: ImagePreprocess) -> np.ndarray:
+    from PIL import Image
+
+    kind = (
+        "png"
+        if data.startswith(b"\x89PNG\r\n\x1a\n")
+        else "jpeg"
+        if data.startswith(b"\xff\xd8\xff")
+        else None
+    )
+    if kind is None or (encoding is not None and kind != encoding):
+        raise DecodeError(f"not {encoding or 'PNG or JPEG'}: begins with {data[:4]!r}")
+    if kind == "png" and len(data) >= 24:  # before Pillow warns or allocates
+        _check_pixels(*struct.unpack(">II", data[16:24]))
+    try:
+        with Image.open(io.BytesIO(data), formats=[kind.upper()]) as image:
+            _check_pixels(*image.size)
+            image.load()
+            if image.mode.startswith("I"):  # 16 bits per pixel
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode == "P":
+                image = image.convert("RGBA")
+            image = image.convert("L" if settings.channels == 1 else "RGB")
+            if image.size != (settings.size[1], settings.size[0]):
+                image = image.resize((settings.size[1], settings.size[0]), Image.Resampling.BILINEAR)
+            pixels = np.array(image, dtype=np.uint8)
+    except (
+        OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
+        Image.DecompressionBombError, Image.DecompressionBombWarning,
+    ) as error:  # fmt: skip
+        raise DecodeError(f"not decodable: {' '.join(str(error).split())}") from None
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"{width} x {height} pixels; at most {MAX_PIXELS // 1_000_000} million are read")
+
+
+def _frames(value: Any, modality: FramesModality) -> np.ndarray:
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise DecodeError(f"{type(value).__name__} instead of a list of encoded images")
+    if not 0 < len(value) <= MAX_FRAMES:
+        raise DecodeError(f"{len(value)} frames" if len(value) else "no frames")
+    settings = modality.preprocess
+    chosen = np.linspace(0, len(value) - 1, settings.num_frames).round().astype(int)
+    images = {}
+    for i in sorted(set(chosen.tolist())):
+        try:
+            if value[i] is None:
+                raise DecodeError("missing")
+            images[i] = _image(_media(value[i]), modality.encoding, settings)
+        except DecodeError as error:
+            raise DecodeError(f"frame {i}: {error}") from None
+    return np.stack([images[i] for i in chosen.tolist()])
+
+
+# Text and numbers
+
+
+def _tokens(value: Any, modality: TextModality) -> np.ndarray:
+    if isinstance(value, bytes):
+        if value.startswith(LFS_POINTER):
+            raise DecodeError("a git-LFS pointer, not the file itself (git lfs pull)")
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DecodeError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    if not isinstance(value, str):
+        raise DecodeError(f"{type(value).__name__} instead of text")
+    words = _WORD.findall(value.lower())[: modality.preprocess.max_length]
+    if not words:
+        raise DecodeError("no words")
+    tokens = np.zeros(modality.preprocess.max_length, dtype=np.int32)
+    size = modality.preprocess.vocabulary - 1
+    tokens[: len(words)] = [1 + zlib.crc32(word.encode()) % size for word in words]
+    return tokens
+
+
+def numbers(value: Any) -> np.ndarray:
+    """A flat cell of numbers, float64; DecodeError if one is missing, NaN or infinite."""
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise DecodeError("not a list of numbers") from None
+    if array.ndim != 1 or len(array) == 0:
+        raise DecodeError("an empty list" if array.size == 0 else "not a flat list of numbers")
+    if not np.isfinite(array).all():
+        raise DecodeError("missing, NaN or infinite numbers")
+    return array
+
+
+def _standardized(array: np.ndarray, stats: Stats | None) -> np.ndarray:
+    if stats is not None and stats.mean:
+        array = (array - np.array(stats.mean)) / np.array(stats.std)
+    with np.errstate(over="ignore"):
+        result = array.astype(np.float32)
+    if not np.isfinite(result).all():
+        raise DecodeError("numbers too large for float32")
+    return result

@@ -1,0 +1,180 @@
+"""The order of an epoch, and what each worker reads of it: pure functions of (index, seed, epoch, world).
+
+Row groups are shuffled and gathered into windows; rows are shuffled inside a window. Global batch b is
+order[bounds[b]:bounds[b + 1]], and worker r of W owns the r-th of W nearly equal contiguous parts of it, so the
+global batches are the same for any number of workers. A batch may lie across two windows: then two units each carry
+a piece of it, and the reader joins pieces that share a batch number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from counterpoise.contracts import ConfigError, DataError
+
+
+def generator(*parts: object) -> np.random.Generator:
+    """A random generator that depends on nothing but `parts`; equal in every process and on every machine."""
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype="<u8")))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A worker's part of one batch, as far as it lies in one window: order[start:stop] of the unit."""
+
+    batch: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work that needs the encoded rows of one window only.
+
+    order: rows of the whole window in epoch order (a row that cannot be decoded is replaced from here).
+    groups: (file number, row group) pairs that hold the rows of `pieces`.
+    """
+
+    split: str
+    epoch: int | None  # None in evaluation: rows that cannot be decoded are left out
+    window: int
+    order: np.ndarray
+    groups: tuple[tuple[int, int], ...]
+    pieces: tuple[Piece, ...]
+
+    def rows(self) -> np.ndarray:
+        """Rows of all pieces, in order."""
+        return np.concatenate([self.order[p.start : p.stop] for p in self.pieces])
+
+
+def epoch_order(group_sizes: Sequence[int], seed: int, epoch: int, shuffle_window: int) -> list[np.ndarray]:
+    """Windows of row numbers that together hold every row once, in training order.
+
+    Every window has at least `shuffle_window` rows (what remains joins the last one); a split of no more rows than
+    that is one full permutation.
+    """
+    sizes = np.asarray(group_sizes, dtype=np.int64)
+    total = int(sizes.sum())
+    rng = generator("order", seed, epoch)
+    if total <= shuffle_window:
+        return [rng.permutation(total)]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    gathered: list[list[np.ndarray]] = [[]]
+    count = 0
+    for group in rng.permutation(len(sizes)):
+        if count >= shuffle_window:
+            gathered.append([])
+            count = 0
+        gathered[-1].append(np.arange(starts[group], starts[group + 1]))
+        count += int(sizes[group])
+    if count < shuffle_window and len(gathered) > 1:
+        last = gathered.pop()
+        gathered[-1].extend(last)
+    return [rng.permutation(np.concatenate(rows)) for rows in gathered]
+
+
+def bounds(num_samples: int, batch_size: int) -> list[int]:
+    """Positions where the global batches begin, and the end: ceil(N / B) batches, sizes differ by at most one."""
+    if num_samples == 0:
+        return [0]
+    num_batches = -(-num_samples // batch_size)
+    return [i * num_samples // num_batches for i in range(num_batches + 1)]
+
+
+def rank_slice(lo: int, hi: int, rank: int, world: int) -> tuple[int, int]:
+    """The part of [lo, hi) that belongs to worker `rank`."""
+    size = hi - lo
+    return lo + rank * size // world, lo + (rank + 1) * size // world
+
+
+def check_batches(num_samples: int, batch_size: int, world: int) -> None:
+    """Raise if a batch cannot be shared among `world` workers."""
+    if batch_size % world:
+        divisors = [w for w in range(1, batch_size + 1) if batch_size % w == 0]
+        some = ", ".join(map(str, divisors[:3])) + (", ..." if len(divisors) > 3 else "")
+        raise ConfigError(
+            f"batch_size {batch_size} does not divide among {world} workers; "
+            f"choose a multiple of {world}, or {some} workers"
+        )
+    edges = bounds(num_samples, batch_size)
+    smallest = min((b - a for a, b in zip(edges, edges[1:], strict=False)), default=0)
+    if smallest < world:
+        raise DataError(
+            f"{num_samples} training samples in batches of {batch_size}: the smallest batch has {smallest} samples "
+            f"for {world} workers; use fewer workers or a larger batch_size"
+        )
+
+
+def _groups_of(rows: np.ndarray, group_starts: np.ndarray, pairs: np.ndarray) -> tuple[tuple[int, int], ...]:
+    numbers = np.unique(np.searchsorted(group_starts, rows, side="right") - 1)
+    return tuple((int(pairs[n, 0]), int(pairs[n, 1])) for n in numbers)
+
+
+def rank_units(
+    split: str,
+    group_pairs: np.ndarray,
+    group_sizes: Sequence[int],
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    shuffle_window: int,
+    rank: int = 0,
+    world: int = 1,
+    start: int = 0,
+    max_batches: int | None = None,
+) -> Iterator[Unit]:
+    """What worker `rank` has to read and decode in an epoch, from global batch `start` on.
+
+    group_pairs: (file number, row group) [G, 2] of the row groups in row order; group_sizes: their rows [G].
+    max_batches: at most this many batches in a unit (the same window is then read by several units).
+    """
+    sizes = np.asarray(group_sizes, dtype=np.int64)
+    group_starts = np.concatenate([[0], np.cumsum(sizes)])
+    edges = bounds(int(sizes.sum()), batch_size)
+    first_batch = start
+    lo = 0
+    for window, order in enumerate(epoch_order(sizes, seed, epoch, shuffle_window)):
+        hi = lo + len(order)
+        pieces = []
+        batch = first_batch
+        while batch < len(edges) - 1 and edges[batch] < hi:
+            a, b = rank_slice(edges[batch], edges[batch + 1], rank, world)
+            a, b = max(a, lo), min(b, hi)
+            if a < b:
+                pieces.append(Piece(batch, a - lo, b - lo))
+            if edges[batch + 1] > hi:
+                break
+            batch += 1
+        first_batch = batch
+        size = max_batches or max(len(pieces), 1)
+        for i in range(0, len(pieces), size):
+            part = tuple(pieces[i : i + size])
+            rows = np.concatenate([order[p.start : p.stop] for p in part])
+            yield Unit(split, epoch, window, order, _groups_of(rows, group_starts, group_pairs), part)
+        lo = hi
+
+
+def evaluation_units(
+    split: str,
+    group_pairs: np.ndarray,
+    group_sizes: Sequence[int],
+    *,
+    block: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Unit]:
+    """Contiguous blocks of rows, dealt to the workers in turn: every row exactly once over all workers."""
+    sizes = np.asarray(group_sizes, dtype=np.int64)
+    group_starts = np.concatenate([[0], np.cumsum(sizes)])
+    total = int(sizes.sum())
+    for number, lo in enumerate(range(0, total, block)):
+        if number % world == rank:
+            rows = np.arange(lo, min(lo + block, total))
+            groups = _groups_of(rows, group_starts, group_pairs)
+            yield Unit(split, None, number, rows, groups, (Piece(number, 0, len(rows)),))

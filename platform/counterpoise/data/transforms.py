@@ -1,0 +1,161 @@
+"""Augmentation of compact arrays, and the step from compact arrays to a Batch of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from counterpoise.contracts import LABEL, ROW, ConfigError
+from counterpoise.data import options as ops
+from counterpoise.data.card import AnyModality, did_you_mean
+from counterpoise.data.plan import generator
+
+if TYPE_CHECKING:
+    from counterpoise.contracts import Batch
+
+Array = np.ndarray
+
+
+def flip(array: Array, op: ops.Flip, rng: np.random.Generator) -> Array:
+    return array[..., ::-1] if rng.random() < op.probability else array
+
+
+def shift(array: Array, op: ops.Shift, rng: np.random.Generator) -> Array:
+    """Pixels moved by (down, right), zeros where nothing moved in."""
+    height, width = array.shape[-2:]
+    down, right = (int(v) for v in rng.integers(-op.pixels, op.pixels + 1, 2))
+    down, right = max(-height, min(height, down)), max(-width, min(width, right))
+    result = np.zeros_like(array)
+    result[..., max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = array[
+        ..., max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)
+    ]
+    return result
+
+
+def resized_crop(array: Array, op: ops.ResizedCrop, rng: np.random.Generator) -> Array:
+    """A random part scaled to full size (bilinear); the same part of every frame."""
+    from PIL import Image
+
+    height, width = array.shape[-2:]
+    area = height * width * rng.uniform(*op.scale)
+    ratio = np.exp(rng.uniform(np.log(op.ratio[0]), np.log(op.ratio[1])))
+    w = int(np.clip(round(np.sqrt(area * ratio)), 1, width))
+    h = int(np.clip(round(np.sqrt(area / ratio)), 1, height))
+    top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+    planes = array.reshape(-1, height, width)[:, top : top + h, left : left + w]
+    scaled = [
+        np.asarray(
+            Image.fromarray(np.ascontiguousarray(p)).resize((width, height), Image.Resampling.BILINEAR)
+        )
+        for p in planes
+    ]
+    return np.stack(scaled).reshape(array.shape)
+
+
+def noise(array: Array, op: ops.Noise, rng: np.random.Generator) -> Array:
+    change = rng.standard_normal(array.shape, dtype=np.float32) * np.float32(op.std)
+    if array.dtype == np.uint8:
+        return np.clip(np.rint(array + 255 * change), 0, 255).astype(np.uint8)
+    return array + change
+
+
+def time_shift(array: Array, op: ops.TimeShift, rng: np.random.Generator) -> Array:
+    axis = -1 if array.ndim == 3 else 0  # spectrogram [1, F, T], series [T, C]
+    most = int(op.fraction * array.shape[axis])
+    return np.roll(array, int(rng.integers(-most, most + 1)), axis=axis)
+
+
+def mask(array: Array, op: ops.Mask, rng: np.random.Generator) -> Array:
+    result = array.copy()
+    for axis, fraction in ((-1, op.time), (-2, op.frequency)):
+        size = array.shape[axis]
+        length = int(rng.integers(0, int(fraction * size) + 1))
+        start = int(rng.integers(0, size - length + 1))
+        part: list[Any] = [slice(None)] * array.ndim
+        part[axis] = slice(start, start + length)
+        result[tuple(part)] = array.min()
+    return result
+
+
+def dropout(array: Array, op: ops.Dropout, rng: np.random.Generator) -> Array:
+    return np.where(rng.random(array.shape) < op.probability, np.float32(0), array)
+
+
+# what each op is applied with, and the kinds of modality it makes sense for
+OPS: dict[str, tuple[Callable[..., Array], tuple[str, ...]]] = {
+    "flip": (flip, ("image", "frames")),
+    "shift": (shift, ("image", "frames")),
+    "resized_crop": (resized_crop, ("image", "frames")),
+    "noise": (noise, ("image", "frames", "audio", "vector", "series")),
+    "time_shift": (time_shift, ("audio", "series")),
+    "mask": (mask, ("audio",)),
+    "dropout": (dropout, ("vector", "series")),
+}
+
+
+def check_augment(augment: Mapping[str, Sequence[Any]], modalities: Mapping[str, AnyModality]) -> None:
+    """Raise if an op is asked of a modality that is not there or is of another kind."""
+    for name, wanted in augment.items():
+        if name not in modalities:
+            raise ConfigError(
+                f"data.augment has '{name}'{did_you_mean(name, modalities)}; modalities: {', '.join(modalities)}"
+            )
+        kind = modalities[name].kind
+        for op in wanted:
+            if kind not in OPS[op.name][1]:
+                possible = [n for n, (_, kinds) in OPS.items() if kind in kinds]
+                raise ConfigError(
+                    f"data.augment.{name} has '{op.name}', which is for {', '.join(OPS[op.name][1])}; "
+                    f"{kind} can take: {', '.join(possible) or 'none'}"
+                )
+
+
+def augmented(
+    arrays: dict[str, Array],
+    augment: Mapping[str, Sequence[Any]],
+    seed: int,
+    epoch: int,
+    sample_ids: Sequence[str],
+) -> dict[str, Array]:
+    """Compact arrays [B, ...] with every sample changed by a generator of (seed, epoch, sample id, modality)."""
+    result = dict(arrays)
+    for name, wanted in augment.items():
+        if not wanted:
+            continue
+        changed = np.empty_like(arrays[name])
+        for i, sample_id in enumerate(sample_ids):
+            rng = generator("augment", seed, epoch, sample_id, name)
+            sample = arrays[name][i]
+            for op in wanted:
+                sample = OPS[op.name][0](sample, op, rng)
+            changed[i] = sample
+        result[name] = changed
+    return result
+
+
+def to_tensor(array: Array, modality: AnyModality) -> Any:
+    """A tensor [B, ...] of compact arrays [B, ...]: pixels scaled and normalised, tokens as int64."""
+    import torch
+
+    if modality.kind == "text":
+        return torch.from_numpy(array.astype(np.int64))
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if modality.kind in ("image", "frames"):
+        tensor = tensor.float().div_(255)
+        mean, std = torch.tensor(modality.preprocess.mean), torch.tensor(modality.preprocess.std)  # type: ignore[union-attr]
+        return tensor.sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+    return tensor
+
+
+def assemble(
+    arrays: Mapping[str, Array], labels: Array, rows: Array, modalities: Mapping[str, AnyModality]
+) -> Batch:
+    """The Batch of compact arrays [B, ...], labels [B] and row numbers [B]."""
+    import torch
+
+    batch = {name: to_tensor(arrays[name], modality) for name, modality in modalities.items()}
+    batch[LABEL] = torch.from_numpy(np.array(labels, dtype=np.int64))
+    batch[ROW] = torch.from_numpy(np.array(rows, dtype=np.int64))
+    return batch
