@@ -81,12 +81,14 @@ class Outputs:
     unimodal: logits per modality [B, K]; in sum-like heads they add up to `fused`.
     fused: logits of all modalities together [B, K], or None when the pass covered only some modalities.
     stacks: logits of every classifier of a modality [B, n_m, K]; only for heads that keep a stack.
+    extra: whatever else a method's forward pass wants to hand to its losses.
     """
 
     features: dict[str, Tensor]
     unimodal: dict[str, Tensor]
     fused: Tensor | None = None
     stacks: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,11 @@ class Comm(Protocol):
         """The sum of `tensor` over all workers, as a new tensor on the same device."""
         ...
 
-    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replace every gradient that is not None by its sum over all workers (losses are already shares)."""
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], extra: Tensor) -> Tensor:
+        """Replace every gradient that is not None by its sum over all workers (losses are already shares).
+
+        `extra` [n] travels in the same message; its sum over workers is returned.
+        """
         ...
 
     def broadcast(self, value: Any) -> Any:

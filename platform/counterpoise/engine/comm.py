@@ -1,0 +1,97 @@
+"""Collectives: one worker alone, or a torch.distributed process group. Nothing here knows Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class SingleComm:
+    """One worker: every collective is the identity."""
+
+    rank = 0
+    world = 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], extra: Tensor) -> Tensor:
+        return extra.clone()
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
+        pass
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        pass
+
+
+class TorchComm:
+    """Workers of the default torch.distributed group. Objects travel over CPU, gradients over their own device."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        result = tensor.detach().clone()
+        dist.all_reduce(result)
+        return result
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], extra: Tensor) -> Tensor:
+        """Sum all gradients that are there in one flat all-reduce; `extra` [n] rides along and its sum comes back.
+
+        Which gradients are there is the same on every worker, since all run the same phases in the same order.
+        """
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([*(g.reshape(-1) for g in gradients), extra.to(torch.float32)])
+        dist.all_reduce(flat)
+        offset = 0
+        for gradient in gradients:
+            gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+            offset += gradient.numel()
+        return flat[offset:]
+
+    def broadcast(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            dist.broadcast(tensor.data, src=0)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        values: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def join_group(device: torch.device, timeout_s: float = 600) -> None:
+    """Start the process group that torchrun or our own launcher described in the environment."""
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(backend(device), timeout=timedelta(seconds=timeout_s))
+
+
+def current_comm() -> SingleComm | TorchComm:
+    """The communicator of this process: of its process group if there is one with several workers."""
+    grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return TorchComm() if grouped else SingleComm()

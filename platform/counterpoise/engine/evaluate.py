@@ -1,0 +1,144 @@
+"""Evaluation: every row of a split once, over all workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F
+
+from counterpoise.contracts import LABEL, ROW, Batch, Comm, DataError, DataSource, Outputs, SplitStats
+from counterpoise.engine.metrics import classification_metrics
+from counterpoise.functional import accuracy_gap, true_class_scores
+from counterpoise.methods import Method
+from counterpoise.models.network import MultimodalNet
+
+
+class Accumulator:
+    """Sums over batches, kept on the device so that a step never waits for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, value: torch.Tensor | float) -> None:
+        value = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def add_predictions(self, logits: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
+        """Count correct predictions of every entry, and sum true-class scores of every entry but "fused"."""
+        for name, z in logits.items():
+            self.add(f"correct/{name}", (z.argmax(dim=1) == labels).sum())
+            if name != "fused":
+                self.add(f"score/{name}", true_class_scores(z, labels).sum(dtype=torch.float64))
+
+    def state(self) -> dict[str, float]:
+        """This worker's sums as numbers; float64 survives JSON exactly."""
+        if not self.sums:
+            return {}
+        return dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist(), strict=True))
+
+    def load(self, state: dict[str, float]) -> None:
+        self.sums = {k: torch.tensor(v, dtype=torch.float64, device=self.device) for k, v in state.items()}
+
+    def reduce(self, comm: Comm, shared: str = "loss/") -> dict[str, float]:
+        """Sums over all workers, except for names under `shared`, which are global already."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        local = torch.stack([self.sums[name] for name in names])
+        total = comm.sum(local)
+        keep = torch.tensor([name.startswith(shared) for name in names], device=self.device)
+        return dict(zip(names, torch.where(keep, local, total).tolist(), strict=True))
+
+
+def split_stats(sums: dict[str, float]) -> SplitStats:
+    def under(prefix: str) -> dict[str, float]:
+        return {k.removeprefix(prefix): v for k, v in sums.items() if k.startswith(prefix)}
+
+    correct = {name: round(value) for name, value in under("correct/").items()}
+    return SplitStats(round(sums.get("samples", 0)), under("loss/"), correct, under("score/"))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def predictions(net: MultimodalNet, method: Method[Any], out: Outputs) -> dict[str, torch.Tensor]:
+    """Logits by name: "fused" and every modality."""
+    return {"fused": method.fuse(net, out), **out.unimodal}
+
+
+@torch.no_grad()
+def evaluate(
+    net: MultimodalNet, method: Method[Any], data: DataSource, split: str, comm: Comm, device: torch.device
+) -> SplitStats:
+    """Loss and accuracies of a split; the loss is the cross-entropy of the fused prediction."""
+    net.eval()
+    sums = Accumulator(device)
+    sums.add("samples", 0)
+    for raw in data.batches(split):
+        batch = to_device(raw, device)
+        logits, labels = predictions(net, method, net(batch)), batch[LABEL]
+        sums.add("samples", len(labels))
+        sums.add("loss/fused", F.cross_entropy(logits["fused"], labels, reduction="sum"))
+        sums.add_predictions(logits, labels)
+    return split_stats(sums.reduce(comm, shared="\0"))
+
+
+@dataclass
+class Predictions:
+    """Every decodable row of a split, in row order. logits: {"fused" | modality | modality/first ..: [N, K]}."""
+
+    rows: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    logits: dict[str, npt.NDArray[np.float32]]
+
+    def metrics(self, modalities: tuple[str, ...]) -> dict[str, Any]:
+        """accuracy, map and macro_f1 by name, and the gap between modalities."""
+        by_name = {
+            name: classification_metrics(self.logits[name], self.labels) for name in ("fused", *modalities)
+        }
+        table: dict[str, Any] = {
+            metric: {name: values[metric] for name, values in by_name.items()}
+            for metric in ("accuracy", "map", "macro_f1")
+        }
+        table["gap"] = accuracy_gap(table["accuracy"])
+        for extra in sorted(set(self.logits) - set(by_name)):
+            accuracy = classification_metrics(self.logits[extra], self.labels)["accuracy"]
+            table.setdefault("accuracy_of_part", {})[extra] = accuracy
+        return table
+
+
+@torch.no_grad()
+def predict(
+    net: MultimodalNet, method: Method[Any], data: DataSource, split: str, comm: Comm, device: torch.device
+) -> Predictions:
+    """Predictions for a whole split, equal on every worker. Rows that do not decode are left out."""
+    net.eval()
+    total = data.num_samples(split)
+    seen = torch.zeros(total, device=device)
+    tables: dict[str, torch.Tensor] = {}
+    for raw in data.batches(split):
+        batch = to_device(raw, device)
+        out = net(batch)
+        logits = predictions(net, method, out)
+        for name, stack in out.stacks.items():  # the first classifier alone, and all but the newest
+            logits[f"{name}/first"] = stack[:, 0]
+        for name, z in logits.items():
+            if name not in tables:
+                tables[name] = torch.zeros(total, z.shape[1], device=device)
+            tables[name][batch[ROW]] = z.float()
+        seen[batch[ROW]] += 1
+    names = comm.broadcast(sorted(tables) if comm.rank == 0 else None)
+    width = len(data.classes)
+    tables = {n: comm.sum(tables.get(n, torch.zeros(total, width, device=device))) for n in names}
+    counts = comm.sum(seen).cpu().numpy()
+    if (counts > 1).any():
+        raise DataError(f"split {split}: {int((counts > 1).sum())} rows were read more than once")
+    rows = np.flatnonzero(counts)
+    labels = np.asarray(data.labels(split))[rows]
+    return Predictions(rows, labels, {n: t.cpu().numpy()[rows] for n, t in tables.items()})

@@ -1,0 +1,629 @@
+"""The one training loop. It cannot tell whether Ray, torchrun or nobody started it.
+
+Once per phase:  forward -> losses -> backward -> sum gradients over workers -> method.adjust -> optimizer.step
+Once per epoch:  sums over workers -> evaluate valid -> method.decide (rank 0) -> broadcast -> method.apply -> records
+
+Everything random is a pure function of (seed, step), so a checkpoint needs no generator state, and a run that was
+interrupted and resumed equals one that was not, bit for bit, on the same number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from counterpoise.config import Experiment
+from counterpoise.contracts import (
+    LABEL,
+    Batch,
+    Comm,
+    ConfigError,
+    DataError,
+    DataSource,
+    Decision,
+    EpochStats,
+    Interrupted,
+    NonFiniteLossError,
+    Outputs,
+    Record,
+    SplitStats,
+    Step,
+)
+from counterpoise.engine.evaluate import Accumulator, Predictions, evaluate, predict, predictions, split_stats, to_device
+from counterpoise.engine.optim import (
+    build_optimizer,
+    learning_rate,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+)
+from counterpoise.functional import accuracy_gap, derived_seed
+from counterpoise.methods import METHODS, Method, Setting
+from counterpoise.models.encoders import DEFAULT_ENCODERS, EncoderConfig
+from counterpoise.models.network import MultimodalNet, build_network
+from counterpoise.models.norm import GlobalBatchNorm, has_batch_norm, synchronise_batch_norm
+
+CONTROL_INTERVAL_S = 0.7  # how often workers agree on whether to stop or to write a checkpoint
+
+
+class Place(Protocol):
+    """Where a run keeps what it leaves behind. Only rank 0 has one."""
+
+    def record(self, record: Record) -> None: ...
+
+    def num_records(self) -> int: ...
+
+    def truncate_records(self, count: int) -> None: ...
+
+    def status(self, status: Mapping[str, Any], force: bool = False) -> None: ...
+
+    def ledger(self, rows: list[dict[str, Any]]) -> None: ...
+
+    def stop_requested(self) -> str | None: ...
+
+    def save(self, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None: ...
+
+    def save_best(self, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None: ...
+
+    def latest(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None: ...
+
+    def best(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None: ...
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run; nothing here changes a number."""
+
+    device: str = "cpu"
+    checkpoint_every_s: float = 60.0
+    resume: bool = False
+    stop: Callable[[], str | None] | None = None  # rank 0's own wish to stop, e.g. after a signal
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it goes into a checkpoint."""
+
+    epoch: int = 1
+    batch: int = 0  # next batch of the epoch
+    step: int = 0  # batches done over the run
+    history: list[EpochStats] = field(default_factory=list)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_accuracy: float = -1.0
+    samples: int = 0
+    train_s: float = 0.0
+    data_wait_s: float = 0.0
+    wall_s: float = 0.0
+    epoch_start: tuple[float, float] = (0.0, 0.0)  # train_s and data_wait_s when the epoch began
+    skipped: dict[str, list[str]] = field(default_factory=dict)  # ids of rows that did not decode, by split
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Progress:
+        history = [
+            EpochStats(h["epoch"], SplitStats(**h["train"]), SplitStats(**h["valid"]) if h["valid"] else None)
+            for h in data["history"]
+        ]
+        return cls(**{**data, "history": history, "epoch_start": tuple(data["epoch_start"])})
+
+
+def encoder_configs(experiment: Experiment, data: DataSource) -> dict[str, EncoderConfig]:
+    """The encoder of every modality in use: the experiment's, or the usual one of its kind."""
+    return {
+        name: experiment.modalities.get(name) or EncoderConfig(name=DEFAULT_ENCODERS[data.inputs[name].kind])
+        for name in data.modalities
+    }
+
+
+def make_method(experiment: Experiment, data: DataSource, comm: Comm) -> Method[Any]:
+    kind = METHODS[experiment.method_name]
+    if len(data.modalities) < kind.min_modalities:
+        raise ConfigError(f"method {experiment.method_name} needs {kind.min_modalities} modalities or more")
+    setting = Setting(tuple(data.modalities), len(data.classes), experiment.epochs, experiment.seed)
+    return kind(experiment.method, setting, comm)
+
+
+def make_network(experiment: Experiment, data: DataSource, method: Method[Any]) -> MultimodalNet:
+    """The network of an experiment at its start, on the CPU."""
+    net = build_network(data.inputs, encoder_configs(experiment, data), method.head, experiment.seed)
+    method.attach(net)
+    return net
+
+
+class Trainer:
+    """One worker's part of one run."""
+
+    def __init__(
+        self, experiment: Experiment, data: DataSource, comm: Comm, place: Place | None, options: RunOptions
+    ) -> None:
+        assert (place is not None) == (comm.rank == 0), "rank 0, and only rank 0, has a place to write to"
+        self.experiment = experiment
+        self.data = data
+        self.comm = comm
+        self.place = place
+        self.options = options
+        self.device = torch.device(options.device)
+        self.method = make_method(experiment, data, comm)
+        self.net = make_network(experiment, data, self.method)
+        self.local_statistics = (
+            comm.world > 1 and experiment.batch_norm == "local" and has_batch_norm(self.net)
+        )
+        if comm.world > 1 and experiment.batch_norm == "sync":
+            synchronise_batch_norm(self.net, comm)
+        self.net.to(self.device)
+        self.optimizer = build_optimizer(experiment.optim, self.net, self.method.lr_scales(self.net))
+        self.parameters = [p for p in self.net.parameters() if p.requires_grad]
+        self.bounds = list(data.bounds())
+        self.progress = Progress()
+        self.sums = Accumulator(self.device)
+        self.rng = torch.Generator()
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self._loss_names: list[str] = []
+        self._control_in = 1
+        self._last_save = self._session_start = time.monotonic()
+        self._batches_here = 0
+
+    # --- one batch
+
+    def train_batch(self, batch: Batch) -> None:
+        """All updates of one global batch; `batch` is this worker's part of it."""
+        progress, labels = self.progress, batch[LABEL]
+        size = self.bounds[progress.batch + 1] - self.bounds[progress.batch]
+        merged = Outputs({}, {})
+        step = None
+        for index, phase in enumerate(self.method.phases(progress.epoch)):
+            seed = derived_seed(self.experiment.seed, "step", progress.step, index)
+            self.rng.manual_seed(seed)
+            torch.manual_seed(derived_seed(seed, self.comm.rank))  # dropout and the like: per worker
+            step = Step(
+                progress.epoch, progress.batch, progress.step, phase, size, len(labels) / size, self.rng
+            )
+            self.optimizer.zero_grad(set_to_none=not self.experiment.optim.legacy_zero_grad_step)
+            out = self.method.forward(self.net, batch, step)
+            losses = self.method.losses(out, batch, step)
+            self.method.backward(self.net, losses, step)
+            local = torch.stack([loss.detach() for loss in losses.values()]) * step.share
+            values = self.comm.sum_gradients(self.parameters, local)
+            self._watch(values, list(losses), out, batch, phase)
+            coefficients = self.method.adjust(self.net, out, batch, step)
+            self.optimizer.step()
+            for name, value in zip(losses, values.unbind(), strict=True):
+                self.sums.add(f"loss/{name}", value.double() * size)
+            for name, coefficient in coefficients.items():
+                self.sums.add(f"coefficient/{name}", torch.as_tensor(coefficient).detach() * step.share * size)
+            merged.unimodal.update({name: z.detach() for name, z in out.unimodal.items()})
+            merged.fused = out.fused.detach() if out.fused is not None else merged.fused
+        assert step is not None, "a method has at least one phase"
+        self.method.end_batch(self.net, step)
+        with torch.no_grad():
+            self.sums.add("samples", len(labels))
+            self.sums.add_predictions(predictions(self.net, self.method, merged), labels)
+
+    def _watch(self, values: Tensor, names: list[str], out: Outputs, batch: Batch, phase: str) -> None:
+        """Notice a loss that is not finite: at once on the CPU, within a control interval on a GPU."""
+        bad = ~torch.isfinite(values).all()
+        if self.device.type == "cpu":
+            if bad:
+                broken = [name for name, ok in zip(names, torch.isfinite(values).tolist(), strict=True) if not ok]
+                culprits = self.comm.gather(_first_non_finite(self.net, out, batch))
+                raise NonFiniteLossError(self._non_finite_text(broken, phase, culprits or []))
+        else:
+            now = torch.full_like(self.bad_step, self.progress.step)
+            self.bad_step = torch.where((self.bad_step < 0) & bad, now, self.bad_step)
+
+    def _check_finite(self) -> None:
+        if self.device.type != "cpu" and int(self.bad_step) >= 0:
+            broken = [n for n, m in self.net.encoders.items() if not _finite_parameters(m)]
+            culprits = [f"weights of the {name} encoder" for name in broken]
+            raise NonFiniteLossError(self._non_finite_text(["loss"], "", culprits, int(self.bad_step)))
+
+    def _non_finite_text(
+        self, names: list[str], phase: str, culprits: list[Any], step: int | None = None
+    ) -> str:
+        found = next((c for c in culprits if c), None)
+        where = f"epoch {self.progress.epoch}, step {self.progress.step if step is None else step}"
+        return (
+            f"loss {', '.join(names)} is not finite in {where}"
+            + (f", phase {phase}" if phase and phase != "joint" else "")
+            + (f"; first seen in the {found}" if found else "")
+            + "; the last good checkpoint is kept. Lower optim.lr, or check the data of that modality."
+        )
+
+    # --- one epoch
+
+    def run(self) -> dict[str, Any] | None:
+        """Train to the end and test; the summary, on rank 0."""
+        self._begin()
+        while self.progress.epoch <= self.experiment.epochs:
+            self._train_epoch()
+            self._end_epoch()
+        return self._finish()
+
+    def _begin(self) -> None:
+        if not (self.options.resume and self._restore()):
+            self.comm.broadcast_tensors([*self.net.parameters(), *self.net.buffers()])
+            self._record(
+                {
+                    "kind": "start",
+                    "method": self.experiment.method_name,
+                    "corpus": self.experiment.corpus,
+                    "modalities": list(self.data.modalities),
+                    "classes": list(self.data.classes),
+                    "epochs": self.experiment.epochs,
+                    "batches": len(self.bounds) - 1,
+                    "samples": {split: self.data.num_samples(split) for split in ("train", "valid", "test")},
+                    "parameters": sum(p.numel() for p in self.net.parameters()),
+                    "workers": self.comm.world,
+                    "device": str(self.device),
+                    "seed": self.experiment.seed,
+                }
+            )
+        self._status(force=True)
+
+    def _train_epoch(self) -> None:
+        progress = self.progress
+        set_learning_rate(
+            self.optimizer, learning_rate(self.experiment.optim, progress.epoch, self.experiment.epochs)
+        )
+        if progress.batch == 0:
+            progress.epoch_start = (progress.train_s, progress.data_wait_s)
+            self.sums = Accumulator(self.device)
+            self.method.begin_epoch(self.net, progress.epoch)
+        self.net.train()
+        num_batches = len(self.bounds) - 1
+        if progress.batch == num_batches:
+            return
+        batches = iter(self.data.train_batches(progress.epoch, progress.batch))
+        clock = time.perf_counter()
+        for raw in batches:
+            arrived = time.perf_counter()
+            progress.data_wait_s += arrived - clock
+            self.train_batch(to_device(raw, self.device))
+            progress.samples += self.bounds[progress.batch + 1] - self.bounds[progress.batch]
+            progress.batch += 1
+            progress.step += 1
+            self._batches_here += 1
+            now = time.perf_counter()
+            progress.train_s += now - clock
+            if progress.batch < num_batches:
+                self._control()
+            clock = time.perf_counter()
+        if progress.batch != num_batches:
+            raise DataError(
+                f"epoch {progress.epoch} gave {progress.batch} batches on rank {self.comm.rank}, expected {num_batches}"
+            )
+
+    def _end_epoch(self) -> None:
+        progress, experiment = self.progress, self.experiment
+        self._check_finite()
+        if self.local_statistics:
+            average_statistics(self.net, self.comm)
+        sums = self.sums.reduce(self.comm)
+        train = split_stats(sums)
+        self._collect_skipped()
+        valid = None
+        if self.data.num_samples("valid"):
+            valid = evaluate(self.net, self.method, self.data, "valid", self.comm, self.device)
+            self._collect_skipped()
+            self._check_count("valid", valid.samples)
+        progress.history.append(EpochStats(progress.epoch, train, valid))
+        accuracy = (valid or train).accuracy["fused"]
+        if experiment.select == "last" or valid is None or accuracy > progress.best_accuracy:
+            progress.best_epoch, progress.best_accuracy = progress.epoch, accuracy
+            self._save_best()
+        self._record(self._epoch_record(train, valid, sums))
+        decision = self.method.decide(progress.history) if self.comm.rank == 0 else None
+        shared = self.comm.broadcast(decision.to_json() if decision else None)
+        if shared is not None:
+            self.method.apply(self.net, Decision.from_json(shared))
+            record = {"kind": "decision", **shared, "classifiers": self.method.num_classifiers(self.net)}
+            progress.decisions.append(record)
+            self._record(record)
+        progress.epoch += 1
+        progress.batch = 0
+        self.sums = Accumulator(self.device)
+        self._control(force_save=True)
+
+    def _epoch_record(self, train: SplitStats, valid: SplitStats | None, sums: dict[str, float]) -> Record:
+        progress = self.progress
+        seconds = progress.train_s - progress.epoch_start[0]
+        coefficients = {
+            name.removeprefix("coefficient/"): value / max(train.samples, 1)
+            for name, value in sums.items()
+            if name.startswith("coefficient/")
+        }
+        return {
+            "kind": "epoch",
+            "epoch": progress.epoch,
+            "lr": learning_rate(self.experiment.optim, progress.epoch, self.experiment.epochs),
+            "train": _split_record(train)
+            | {"losses": {k: v / max(train.samples, 1) for k, v in train.losses.items()}},
+            "valid": _split_record(valid) if valid else None,
+            "gap": accuracy_gap((valid or train).accuracy),
+            "classifiers": self.method.num_classifiers(self.net),
+            "coefficients": coefficients,
+            "best_epoch": progress.best_epoch,
+            "seconds": seconds,
+            "data_wait_s": progress.data_wait_s - progress.epoch_start[1],
+            "samples_per_s": train.samples / seconds if seconds > 0 else 0.0,
+        }
+
+    def _collect_skipped(self) -> None:
+        """Bring rows that could not be decoded to the ledger on rank 0, each once."""
+        gathered = self.comm.gather(self.data.skipped())
+        if gathered is None:
+            return
+        new = []
+        for row in (row for rows in gathered for row in rows):
+            known = self.progress.skipped.setdefault(row["split"], [])
+            if row["sample_id"] not in known:
+                known.append(row["sample_id"])
+                new.append(row)
+        if new and self.place is not None:
+            self.place.ledger(new)
+            self._record({"kind": "event", "event": "skipped_rows", "count": len(new), "first": new[0]})
+
+    def _check_count(self, split: str, samples: int) -> None:
+        """Evaluation must have seen every row that decodes."""
+        if self.comm.rank == 0:
+            expected = self.data.num_samples(split) - len(self.progress.skipped.get(split, []))
+            if samples != expected:
+                raise DataError(f"split {split}: {samples} rows evaluated, {expected} expected")
+
+    # --- stopping, checkpoints, records
+
+    def _control(self, force_save: bool = False) -> None:
+        """Every so often all workers agree, through rank 0, whether to write a checkpoint or to stop."""
+        self._control_in -= 1
+        if self._control_in > 0 and not force_save:
+            return
+        self._check_finite()
+        message = None
+        if self.place is not None:
+            now = time.monotonic()
+            per_batch = (now - self._session_start) / max(self._batches_here, 1)
+            stop = (self.options.stop() if self.options.stop else None) or self.place.stop_requested()
+            message = {
+                "stop": stop,
+                "save": bool(stop) or force_save or now - self._last_save >= self.options.checkpoint_every_s,
+                "next": max(1, min(200, math.floor(CONTROL_INTERVAL_S / max(per_batch, 1e-4)))),
+            }
+        message = self.comm.broadcast(message)
+        self._control_in = message["next"]
+        if message["save"]:
+            self._save()
+        finished = self.progress.epoch > self.experiment.epochs
+        if message["stop"] and not finished:
+            self._record({"kind": "event", "event": "interrupted", "reason": message["stop"], **self._where()})
+            self._status(state="interrupted", force=True)
+            raise Interrupted(
+                f"stopped ({message['stop']}) in epoch {self.progress.epoch} of {self.experiment.epochs} "
+                f"after step {self.progress.step}; a checkpoint is written, continue with --resume"
+            )
+        self._status()
+
+    def _where(self) -> dict[str, int]:
+        return {"epoch": self.progress.epoch, "batch": self.progress.batch, "step": self.progress.step}
+
+    def _record(self, record: Record) -> None:
+        if self.place is not None:
+            self.place.record(record)
+
+    def _status(self, state: str = "running", force: bool = False) -> None:
+        if self.place is None:
+            return
+        progress, num_batches = self.progress, len(self.bounds) - 1
+        elapsed = time.monotonic() - self._session_start
+        left = num_batches * self.experiment.epochs - progress.step
+        self.place.status(
+            {
+                "state": state,
+                "method": self.experiment.method_name,
+                "epoch": min(progress.epoch, self.experiment.epochs),
+                "epochs": self.experiment.epochs,
+                "batch": progress.batch,
+                "batches": num_batches,
+                "samples_per_s": progress.samples / progress.train_s if progress.train_s else None,
+                "eta_s": elapsed / self._batches_here * left if self._batches_here else None,
+                "workers": self.comm.world,
+            },
+            force=force,
+        )
+
+    def _state(self) -> dict[str, Any]:
+        elapsed = time.monotonic() - self._session_start
+        return {
+            "format": 1,
+            "digest": self.experiment.digest,
+            "world": self.comm.world,
+            "progress": {**self.progress.to_json(), "wall_s": self.progress.wall_s + elapsed},
+            "sums": [],
+            "architecture": self.net.head.architecture(),
+            "method": self.method.state_dict(),
+            "num_records": self.place.num_records() if self.place else 0,
+        }
+
+    def _save(self) -> None:
+        """A complete checkpoint of this moment, written by rank 0."""
+        sums = self.comm.gather(self.sums.state())
+        buffers = self.comm.gather(_float_buffers(self.net)) if self.local_statistics else None
+        if self.place is None:
+            return
+        tensors = {
+            "model": dict(self.net.state_dict()),
+            "optimizer": optimizer_state(self.optimizer, self.net),
+        }
+        for rank, values in enumerate(buffers or []):
+            tensors[f"statistics-{rank}"] = values
+        self.place.save(f"step-{self.progress.step:08d}", tensors, self._state() | {"sums": sums})
+        self._last_save = time.monotonic()
+
+    def _save_best(self) -> None:
+        if self.place is not None:
+            state = {
+                "format": 1,
+                "epoch": self.progress.epoch,
+                "architecture": self.net.head.architecture(),
+                "classifiers": self.method.num_classifiers(self.net),
+            }
+            self.place.save_best(
+                f"epoch-{self.progress.epoch:05d}", {"model": dict(self.net.state_dict())}, state
+            )
+
+    def _restore(self) -> bool:
+        """Continue from the last good checkpoint, if there is one."""
+        loaded = self.place.latest() if self.place is not None else None
+        shared = share_checkpoint(loaded, self.comm)
+        if shared is None:
+            if self.place is not None:
+                self.place.truncate_records(0)
+            return False
+        tensors, state = shared
+        self.net.head.restore(state["architecture"])
+        self.net.load_state_dict(tensors["model"])
+        load_optimizer_state(self.optimizer, self.net, tensors["optimizer"])
+        self.method.load_state_dict(state["method"])
+        self.progress = Progress.from_json(state["progress"])
+        if len(state["sums"]) == self.comm.world:
+            self.sums.load(state["sums"][self.comm.rank])
+            if self.local_statistics and f"statistics-{self.comm.rank}" in tensors:
+                self.net.load_state_dict(tensors[f"statistics-{self.comm.rank}"], strict=False)
+        else:
+            self.sums.load(_merge_sums(state["sums"], self.comm.rank))
+        if self.place is not None:
+            self.place.truncate_records(state["num_records"])
+            self._record({"kind": "event", "event": "resumed", **self._where(), "workers": self.comm.world})
+        return True
+
+    def _finish(self) -> dict[str, Any] | None:
+        loaded = self.place.best() if self.place is not None else None
+        shared = share_checkpoint(loaded, self.comm)
+        assert shared is not None, "every run has a best epoch"
+        tensors, state = shared
+        self.net.head.restore(state["architecture"])
+        self.net.load_state_dict(tensors["model"])
+        split = "test" if self.data.num_samples("test") else "valid" if self.data.num_samples("valid") else "train"
+        found = predict(self.net, self.method, self.data, split, self.comm, self.device)
+        self._collect_skipped()
+        if self.place is None:
+            return None
+        self._check_count(split, len(found.rows))
+        self._predictions(found, split)
+        best = next(h for h in self.progress.history if h.epoch == state["epoch"])
+        chosen = best.valid
+        wall = self.progress.wall_s + time.monotonic() - self._session_start
+        progress = self.progress
+        summary = {
+            "method": self.experiment.method_name,
+            "corpus": self.experiment.corpus,
+            "modalities": list(self.data.modalities),
+            "seed": self.experiment.seed,
+            "epochs": self.experiment.epochs,
+            "selected_epoch": state["epoch"],
+            "selection": "valid accuracy (fused)" if self.experiment.select == "best_valid" else "last epoch",
+            split: {
+                "samples": len(found.rows),
+                "skipped": len(progress.skipped.get(split, [])),
+                **found.metrics(tuple(self.data.modalities)),
+            },
+            "classifiers": state["classifiers"],
+            "decisions": progress.decisions,
+            "parameters": sum(p.numel() for p in self.net.parameters()),
+            "workers": self.comm.world,
+            "device": str(self.device),
+            "wall_s": wall,
+            "samples_per_s": progress.samples / progress.train_s if progress.train_s else 0.0,
+            "data_wait_share": progress.data_wait_s / progress.train_s if progress.train_s else 0.0,
+            "digest": self.experiment.digest,
+            "group": self.experiment.group,
+            "data_fingerprint": self.data.fingerprint,
+        }
+        if chosen is not None and split != "valid":
+            summary["valid"] = {"accuracy": chosen.accuracy, "gap": accuracy_gap(chosen.accuracy)}
+        self._record({"kind": "end", "summary": summary})
+        return summary
+
+    def _predictions(self, found: Predictions, split: str) -> None:
+        ids = self.data.sample_ids(split)
+        columns: dict[str, Any] = {
+            "sample_id": [ids[row] for row in found.rows],
+            "label": found.labels,
+            "prediction": found.logits["fused"].argmax(axis=1),
+        }
+        for name in ("fused", *self.data.modalities):
+            columns[f"logits_{name}"] = list(found.logits[name])
+        self.predictions_table = columns
+
+
+def _split_record(stats: SplitStats) -> dict[str, Any]:
+    return {
+        "loss": stats.loss,
+        "accuracy": stats.accuracy,
+        "score": stats.mean_scores,
+        "samples": stats.samples,
+    }
+
+
+def _merge_sums(sums: list[dict[str, float]], rank: int) -> dict[str, float]:
+    """Sums of another number of workers: global ones everywhere, the total of the others on rank 0."""
+    merged: dict[str, float] = {}
+    for worker in sums:
+        for name, value in worker.items():
+            if name.startswith("loss/"):
+                merged[name] = value
+            elif rank == 0:
+                merged[name] = merged.get(name, 0.0) + value
+            else:
+                merged[name] = 0.0
+    return merged
+
+
+def _finite_parameters(module: nn.Module) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in module.parameters())
+
+
+def _first_non_finite(net: MultimodalNet, out: Outputs, batch: Batch) -> str | None:
+    for name in net.modalities:
+        if batch[name].is_floating_point() and not torch.isfinite(batch[name]).all():
+            return f"input of {name}"
+        if not _finite_parameters(net.encoders[name]):
+            return f"weights of the {name} encoder"
+        if name in out.features and not torch.isfinite(out.features[name]).all():
+            return f"features of {name}"
+        if name in out.unimodal and not torch.isfinite(out.unimodal[name]).all():
+            return f"logits of {name}"
+    return None
+
+
+def _float_buffers(net: nn.Module) -> dict[str, Tensor]:
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, GlobalBatchNorm)
+    return {
+        f"{prefix}.{name}": buffer.detach().cpu()
+        for prefix, module in net.named_modules()
+        if isinstance(module, norms)
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    }
+
+
+def average_statistics(net: nn.Module, comm: Comm) -> None:
+    """Replace running statistics of batch normalisation by their mean over workers."""
+    buffers = dict(net.named_buffers())
+    for name in _float_buffers(net):
+        buffers[name].copy_(comm.sum(buffers[name]) / comm.world)
+
+
+def share_checkpoint(
+    loaded: tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None, comm: Comm
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """Rank 0's checkpoint on every rank; other machines need no access to its folder."""
+    return comm.broadcast(loaded)

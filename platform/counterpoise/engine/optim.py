@@ -1,0 +1,69 @@
+"""The optimizer: built once, its learning rate a pure function of the epoch, its state keyed by parameter name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from counterpoise.config import Optim, Schedule
+
+
+def learning_rate(optim: Optim, epoch: int, epochs: int) -> float:
+    """The base learning rate of an epoch (1-based)."""
+    schedule: Schedule = optim.schedule
+    if epoch <= schedule.warmup:
+        return optim.lr * epoch / (schedule.warmup + 1)
+    if schedule.name == "step":
+        return optim.lr * schedule.factor ** ((epoch - 1) // schedule.every)
+    if schedule.name == "cosine":
+        done = (epoch - 1 - schedule.warmup) / max(epochs - schedule.warmup, 1)
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return optim.lr
+
+
+def build_optimizer(
+    optim: Optim, net: nn.Module, scales: Mapping[nn.Parameter, float]
+) -> torch.optim.Optimizer:
+    """One parameter group per learning-rate factor. Parameters that never get a gradient cost and change nothing."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(scales.get(parameter, 1.0), []).append(parameter)
+    described: list[dict[str, Any]] = [{"params": ps, "lr_scale": scale} for scale, ps in groups.items()]
+    if optim.name == "sgd":
+        return torch.optim.SGD(
+            described, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, foreach=True
+        )
+    kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
+    return kind(described, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tensor]:
+    """{"<entry>:<parameter name>": tensor}. By name, so that no order of groups can mix moments up."""
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    return {
+        f"{entry}:{names[parameter]}": value
+        for parameter, state in optimizer.state.items()
+        for entry, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, net: nn.Module, saved: Mapping[str, Tensor]
+) -> None:
+    parameters = dict(net.named_parameters())
+    for key, value in saved.items():
+        entry, name = key.split(":", 1)
+        parameter = parameters[name]
+        place = parameter.device if value.dim() else value.device  # step counters stay on the CPU
+        optimizer.state[parameter][entry] = value.to(place).clone()

@@ -1,0 +1,20 @@
+"""The methods, by the name an experiment gives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from counterpoise.methods.aug import AUG
+from counterpoise.methods.base import Method, MethodConfig, Setting
+from counterpoise.methods.joint import Joint
+from counterpoise.methods.late import Late
+from counterpoise.methods.unimodal import Unimodal
+
+METHODS: dict[str, type[Method[Any]]] = {
+    "aug": AUG,
+    "joint": Joint,
+    "late": Late,
+    "unimodal": Unimodal,
+}
+
+__all__ = ["METHODS", "Method", "MethodConfig", "Setting"]

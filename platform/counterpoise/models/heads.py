@@ -1,0 +1,186 @@
+"""Heads: features of the modalities in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from counterpoise.contracts import Outputs
+from counterpoise.functional import seeded_generator
+
+
+class Head(nn.Module):
+    """Turns the features of some or all modalities into logits; `fused` only when all are there."""
+
+    def __init__(self, widths: Mapping[str, int], num_classes: int) -> None:
+        super().__init__()
+        self.widths = dict(widths)
+        self.modalities = tuple(widths)
+        self.num_classes = num_classes
+
+    def forward(self, features: dict[str, Tensor]) -> Outputs:
+        raise NotImplementedError
+
+    def architecture(self) -> dict[str, Any]:
+        """What a checkpoint must know to rebuild this head besides its weights."""
+        return {}
+
+    def restore(self, architecture: Mapping[str, Any]) -> None:
+        """Bring the head into the shape that `architecture` of a checkpoint describes."""
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_normal_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ConcatHead(Head):
+    """One Linear over the concatenated features, W = [W_1 .. W_M].
+
+    Modality logits are the split W_m u_m + b / M, so that they add up to the fused logits exactly.
+    """
+
+    def __init__(self, widths: Mapping[str, int], num_classes: int) -> None:
+        super().__init__(widths, num_classes)
+        self.linear = _linear(sum(widths.values()), num_classes)
+
+    def forward(self, features: dict[str, Tensor]) -> Outputs:
+        parts = dict(zip(self.modalities, self.linear.weight.split(list(self.widths.values()), dim=1), strict=True))
+        bias = self.linear.bias / len(self.modalities)
+        unimodal = {name: F.linear(u, parts[name], bias) for name, u in features.items()}
+        complete = len(features) == len(self.modalities)
+        fused = self.linear(torch.cat([features[m] for m in self.modalities], dim=1)) if complete else None
+        return Outputs(features, unimodal, fused)
+
+
+class SumHead(Head):
+    """One Linear per modality; the fused logits are the sum of the modalities' logits."""
+
+    def __init__(self, widths: Mapping[str, int], num_classes: int) -> None:
+        super().__init__(widths, num_classes)
+        self.linears = nn.ModuleDict({name: _linear(width, num_classes) for name, width in widths.items()})
+
+    def forward(self, features: dict[str, Tensor]) -> Outputs:
+        unimodal = {name: self.linears[name](u) for name, u in features.items()}
+        complete = len(unimodal) == len(self.modalities)
+        return Outputs(features, unimodal, sum(unimodal[m] for m in self.modalities) if complete else None)  # type: ignore[arg-type]
+
+
+class BoostedHead(Head):
+    """A growing stack of configurable classifiers per modality (AUG, section 3.2 of the paper).
+
+        l_t^m = Layer2(relu(A_t^m u^m + c_t^m))            Layer2 is one layer for all modalities and classifiers
+        Z_t^m = l_1^m + w_m (l_2^m + .. + l_t^m)           logits of modality m: Z at t = n_m
+        fused = sum_m alpha_m Z^m
+
+    Memory for `capacity[m]` classifiers is set aside at the start. Those beyond `num_classifiers[m]` take no part in
+    the forward pass and have no gradient, so optimizers pass them by; growing changes no shape, no parameter name
+    and no optimizer group, and a checkpoint of any moment fits. Every classifier is a parameter of its own, so an
+    Adam step counter starts when its classifier does.
+
+    All classifiers of a modality are one matrix product: their Layer1 weights are joined to [n * hidden, D].
+    """
+
+    classifier_weight: Tensor
+    confidence: Tensor
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        num_classes: int,
+        *,
+        hidden: int,
+        initial: Mapping[str, int],
+        capacity: Mapping[str, int],
+        fusion_weights: Mapping[str, float],
+        new_classifiers: str = "xavier",
+        train_new: bool = True,
+        weight: float = 1.0,
+        learn_weights: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(widths, num_classes)
+        self.hidden = hidden
+        self.num_classifiers = {name: initial[name] for name in widths}
+        self.fusion_weights = {name: float(fusion_weights[name]) for name in widths}
+        self.layer1_weight = nn.ModuleDict()
+        self.layer1_bias = nn.ModuleDict()
+        for name, width in widths.items():
+            weights, biases = nn.ParameterList(), nn.ParameterList()
+            for index in range(capacity[name]):
+                tensor = torch.empty(hidden, width)
+                if index >= initial[name] and new_classifiers == "zero":
+                    nn.init.zeros_(tensor)
+                else:  # a generator of its own, so that capacity changes no other classifier's start
+                    nn.init.xavier_normal_(tensor, generator=seeded_generator(seed, "classifier", name, index))
+                trained = train_new or index < initial[name]
+                weights.append(nn.Parameter(tensor, requires_grad=trained))
+                biases.append(nn.Parameter(torch.zeros(hidden), requires_grad=trained))
+            self.layer1_weight[name], self.layer1_bias[name] = weights, biases
+        self.layer2 = _linear(hidden, num_classes)
+        self.weigher = WeightNetwork() if learn_weights else None
+        self.register_buffer("classifier_weight", torch.tensor(float(weight)))
+        self.register_buffer("confidence", torch.zeros(len(widths)))
+
+    def capacity(self, modality: str) -> int:
+        return len(self.layer1_weight[modality])  # type: ignore[arg-type]
+
+    def grow(self, modality: str) -> None:
+        """Switch on the next classifier of a modality."""
+        count = self.num_classifiers[modality]
+        assert count < self.capacity(modality), f"no room for classifier {count + 1} of {modality}"
+        self.num_classifiers[modality] = count + 1
+
+    def weights(self) -> Tensor:
+        """w_m of every modality [M]; constants, or what the weight network makes of the confidence state."""
+        if self.weigher is None:
+            return self.classifier_weight.expand(len(self.modalities))
+        with torch.no_grad():  # only the weight loss trains the weight network
+            return self.weigher(self.confidence)
+
+    def stack(self, modality: str, features: Tensor) -> Tensor:
+        """Logits of every active classifier of a modality [B, n, K]."""
+        count = self.num_classifiers[modality]
+        weight = torch.cat(list(self.layer1_weight[modality])[:count])  # type: ignore[arg-type]
+        bias = torch.cat(list(self.layer1_bias[modality])[:count])  # type: ignore[arg-type]
+        hidden = torch.relu(F.linear(features, weight, bias)).view(len(features), count, self.hidden)
+        return self.layer2(hidden)
+
+    def forward(self, features: dict[str, Tensor]) -> Outputs:
+        weights = dict(zip(self.modalities, self.weights().unbind(), strict=True))
+        stacks = {name: self.stack(name, u) for name, u in features.items()}
+        unimodal = {name: cumulative_logits(stack, weights[name]) for name, stack in stacks.items()}
+        fused = self.fuse(unimodal) if len(unimodal) == len(self.modalities) else None
+        return Outputs(features, unimodal, fused, stacks, {f"weight/{name}": weights[name] for name in features})
+
+    def fuse(self, unimodal: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.fusion_weights[m] * unimodal[m] for m in self.modalities]).sum(dim=0)
+
+    def architecture(self) -> dict[str, Any]:
+        return {"num_classifiers": dict(self.num_classifiers)}
+
+    def restore(self, architecture: Mapping[str, Any]) -> None:
+        self.num_classifiers = {name: int(architecture["num_classifiers"][name]) for name in self.modalities}
+
+
+def cumulative_logits(stack: Tensor, weight: Tensor | float, upto: int | None = None) -> Tensor:
+    """Z_t = l_1 + w (l_2 + .. + l_t) of a stack [B, n, K]; t defaults to n."""
+    stack = stack[:, :upto]
+    return stack[:, 0] if stack.shape[1] == 1 else stack[:, 0] + weight * stack[:, 1:].sum(dim=1)
+
+
+class WeightNetwork(nn.Module):
+    """AUG's learned classifier weights: one small network for all modalities, scalar state -> weight in (0, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(_linear(1, 512), nn.ReLU(), _linear(512, 64), nn.ReLU(), _linear(64, 1))
+
+    def forward(self, state: Tensor) -> Tensor:
+        return torch.sigmoid(self.layers(state.unsqueeze(-1))).squeeze(-1)
