@@ -5,7 +5,7 @@ the environment (`AWS_*`, `AWS_ENDPOINT_URL_S3`), never from an argument, so tha
 config.
 
 S3 clients do not protect from a slow server: one that drips a few bytes per second holds them for ever. So
-every remote operation, with all its retries, has a deadline of ours (base plus size over a minimum throughput),
+every remote operation, with all its retries, has a deadline of ours (base plus size over a least throughput),
 and ours is the only layer that retries. Local paths skip all of that.
 
 Errors: `DataError` for what is not there, `ResourceError` for what cannot be reached, read or written. Both
@@ -143,7 +143,7 @@ def read_bytes(uri: str) -> bytes:
         return b""
     data = bytes(_remote(uri, "cat_file", num_bytes=num_bytes))
     if len(data) != num_bytes:
-        raise DataError(f"{show(uri)}: {len(data):,} bytes came, {num_bytes:,} were announced")
+        raise ResourceError(f"{show(uri)}: {len(data):,} bytes came, {num_bytes:,} were announced")
     return data
 
 

@@ -4,8 +4,7 @@
                            state.json               everything else
                            MANIFEST.sha256          what `sha256sum --check` reads
                            COMMITTED                written last: hash of the manifest, size of every file
-    <folder>/LATEST                                 name of the newest, a hint for people; nothing here reads
-    it
+    <folder>/LATEST                                 name of the newest: a hint for people, never read here
 
 Local: all is written to `tmp-<uuid>/` and flushed to disk, the folder renamed, `COMMITTED` added, the pointer
 replaced, old checkpoints pruned. Object store: upload, compare sizes, `COMMITTED` last. A folder without
@@ -18,6 +17,7 @@ silently. Order is by the step in the name, never by a clock.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -87,7 +87,7 @@ def save(
 
 
 def load(uri: str) -> Checkpoint:
-    """The checkpoint at `uri`, every file verified against its hash; `RefusedError` names the one that differs."""
+    """The checkpoint at `uri`. Every file is verified first; `RefusedError` names one that differs."""
     import safetensors.torch
 
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -256,7 +256,7 @@ def _check_keys(value: Any, where: str) -> None:
 
 
 def _disk_full(path: str, needed: int) -> ResourceError:
-    return storage.disk_error(path, OSError(28, "No space left on device"), needed)
+    return storage.disk_error(path, OSError(errno.ENOSPC, "no space left on device"), needed)
 
 
 # ---------------------------------------------------------------------------------------------------- names,
@@ -348,13 +348,9 @@ def _files(uri: str) -> dict[str, str]:
         if file not in there:
             raise RefusedError(f"{where}/{file} is missing")
     if marker != _marker(manifest, {f: there[f] for f in hashes}):
-        said = dict(
-            reversed(line.split("  ", 1)) for line in marker.decode(errors="replace").splitlines()[1:]
-        )
-        wrong = [f for f in hashes if said.get(f) != str(there[f])]
-        raise RefusedError(
-            f"{where}/{(wrong or [COMMITTED])[0]} is damaged: its size is not the committed one"
-        )
+        said = set(marker.decode(errors="replace").splitlines())
+        wrong = [f for f in hashes if f"{there[f]}  {f}" not in said]
+        raise RefusedError(f"{where}/{(wrong or [COMMITTED])[0]} is damaged: not of the committed size")
     return hashes
 
 
@@ -364,7 +360,5 @@ def _verified(uri: str) -> Iterator[tuple[str, bytes]]:
     for file, digest in _files(uri).items():
         data = storage.read_bytes(storage.join(uri, file))
         if hashlib.sha256(data).hexdigest() != digest:
-            raise RefusedError(
-                f"{where}/{file} is damaged: its content is not what was saved (sha256 differs)"
-            )
+            raise RefusedError(f"{where}/{file} is damaged: its content is not what was saved (sha256 differs)")
         yield file, data
