@@ -1,0 +1,385 @@
+"""Pictures of runs, as SVG that suits light and dark pages and as PNG. Equal runs give equal SVG bytes."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from counterpoise import storage
+from counterpoise.reports.records import (
+    FUSED,
+    RunData,
+    accuracy_series,
+    all_modalities,
+    classifier_steps,
+    reason,
+    series,
+)
+from counterpoise.reports.tables import group_labels, group_runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
+
+# Told apart by people with any colour vision (hue and lightness differ), and at least 3:1 against white and #14171c.
+MODALITY_COLORS = {
+    "audio": "#2f7fd1",
+    "visual": "#d9632a",
+    "text": "#159a72",
+    "image": "#a98600",
+    "flow": "#b65aa6",
+    "depth": "#8a6a52",
+}
+SPARE_COLORS = ("#1d97b5", "#c2566b", "#6f8f1f", "#8a6fd1", "#b07a3a")
+GROUP_COLORS = ("#7a66d6", "#0f98a0", "#c94f7c", "#8c8a00", "#b06a3b", "#4f86c6", "#5b9a4a")
+# For prints without colour: the second and later modalities are dashed.
+DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.4)), (0, (1.2, 1.2)), (0, (5, 1.4, 1.2, 1.4)), (0, (8, 2)))
+SVG_INK = "#767676"  # stands for the colour of the text around the picture
+PNG_INK = "#30343b"
+PANEL_INCHES = (5.2, 3.25)
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    draw: Callable[[FigureBase, str], None]  # what to draw on, and the colour of the ink
+    height: float = 1.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One question answered by one or more panels that share their scale. caption: how to read it."""
+
+    name: str
+    title: str
+    caption: str
+    panels: tuple[Panel, ...]
+
+
+def modality_colors(names: Sequence[str]) -> dict[str, str]:
+    """A colour per modality: fixed for the usual names, spare ones in order for others."""
+    spare = iter(SPARE_COLORS * (1 + len(names) // len(SPARE_COLORS)))
+    return {name: MODALITY_COLORS.get(name) or next(spare) for name in names}
+
+
+def pictures(runs: Sequence[RunData]) -> list[Picture]:
+    """The pictures that these runs have data for."""
+    runs = [run for run in runs if run.epochs]
+    if not runs:
+        return []
+    names = all_modalities(runs)
+    colors = modality_colors(names)
+    dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(names)}
+    found = [_accuracy(runs, colors, dashes)]
+    if grown := [run for run in runs if _has_stacks(run)]:
+        found.append(_growth(grown, colors, dashes))
+    if several := [run for run in runs if len(run.modalities) > 1 and series(run, "gap")[0]]:
+        found.append(
+            _over_epochs(
+                several,
+                "gap",
+                "Gap between modalities",
+                "accuracy gap",
+                lambda run: series(run, "gap"),
+                "Accuracy of the best minus that of the worst modality after each epoch; 0 is balanced.",
+            )
+        )
+    if lossy := [run for run in runs if series(run, "train", "loss")[0]]:
+        found.append(
+            _over_epochs(
+                lossy,
+                "loss",
+                "Training loss",
+                "loss",
+                lambda run: series(run, "train", "loss"),
+                "Mean training loss of each epoch; methods minimise different sums, so compare shapes, not heights.",
+            )
+        )
+    return found
+
+
+# --- the pictures
+
+
+def _accuracy(runs: Sequence[RunData], colors: dict[str, str], dashes: dict[str, Any]) -> Picture:
+    tops = [v for run in runs for name in (FUSED, *run.modalities) for v in accuracy_series(run, name)[1]]
+    top = min(1.0, max(tops, default=1.0) * 1.08)
+
+    def panel(run: RunData) -> Panel:
+        def draw(figure: FigureBase, ink: str) -> None:
+            ax: Axes = figure.subplots()
+            for name in run.modalities:
+                _line(ax, *accuracy_series(run, name), color=colors[name], linestyle=dashes[name], label=name)
+            if len(run.modalities) > 1:
+                _line(ax, *accuracy_series(run, FUSED), color=ink, linewidth=2.4, label=FUSED, zorder=4)
+            if classes := len(run.start.get("classes") or ()):
+                ax.axhline(1 / classes, color=ink, linewidth=0.9, linestyle=(0, (1, 2.5)), label="chance")
+            best = (run.summary or {}).get("selected_epoch")
+            at = dict(zip(*accuracy_series(run, FUSED), strict=True))
+            if best in at:
+                ax.plot([best], [at[best]], "o", markersize=8, fillstyle="none", color=ink, markeredgewidth=1.4,
+                        label="selected", zorder=5)  # fmt: skip
+            _decision_marks(ax, run, colors)
+            ax.set_ylim(0, top)
+            split = "valid" if series(run, "valid", "accuracy", FUSED)[0] else "train"
+            _finish(ax, run.name, f"{split} accuracy", run.num_epochs)
+
+        return Panel(run.name, draw)
+
+    return Picture(
+        "accuracy",
+        "Accuracy of each modality",
+        "Each panel is a run: accuracy of all modalities together (fused) and of each alone after every epoch; "
+        "triangles on the axis mark epochs after which that modality got a classifier, the ring the selected epoch.",
+        tuple(panel(run) for run in runs),
+    )
+
+
+def _has_stacks(run: RunData) -> bool:
+    return any(max(classifier_steps(run, name)[1], default=0) > 1 for name in run.modalities) or any(
+        reason(d).ratios for d in run.decisions
+    )
+
+
+def _growth(runs: Sequence[RunData], colors: dict[str, str], dashes: dict[str, Any]) -> Picture:
+    top = max((n for run in runs for m in run.modalities for n in classifier_steps(run, m)[1]), default=1)
+    ratios = [r for run in runs for d in run.decisions for r in reason(d).ratios.values()]
+    lows = [low for run in runs for d in run.decisions if (low := reason(d).low) is not None]
+    span = (min([*ratios, *lows], default=0.9), max([*ratios, *lows], default=1.1))
+    margin = 0.08 * (span[1] - span[0]) or 0.05
+
+    def panel(run: RunData) -> Panel:
+        def draw(figure: FigureBase, ink: str) -> None:
+            if ratios:
+                upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+            else:
+                upper, lower = figure.subplots(), None
+            for i, name in enumerate(run.modalities):
+                epochs, counts = classifier_steps(run, name)
+                # Steps that coincide stay visible: each modality is drawn a hair above the one before.
+                raised = [n + 0.05 * i * top / 4 for n in counts]
+                upper.step(epochs, raised, where="post", color=colors[name], linestyle=dashes[name], label=name)
+                if epochs:
+                    upper.annotate(f"{counts[-1]}", (epochs[-1], raised[-1]), xytext=(5, 0), va="center",
+                                   textcoords="offset points", color=colors[name], fontweight="bold",
+                                   annotation_clip=False)  # fmt: skip
+            upper.set_ylim(0.5, top + 0.6)
+            upper.yaxis.get_major_locator().set_params(integer=True)
+            _finish(upper, run.name, "classifiers", run.num_epochs, marks=run, colors=colors)
+            if lower is None:
+                return
+            for name in run.modalities:
+                points = [(d["epoch"], r[name]) for d in run.decisions if name in (r := reason(d).ratios)]
+                if points:
+                    _line(lower, *zip(*points, strict=True), color=colors[name], linestyle=dashes[name], marker="o")
+            thresholds = [(d["epoch"], low) for d in run.decisions if (low := reason(d).low) is not None]
+            if thresholds:
+                lower.axhline(thresholds[-1][1], color=ink, linewidth=1, linestyle=(0, (1, 1.5)))
+                lower.annotate("threshold", (1, thresholds[-1][1]), xycoords=("axes fraction", "data"), va="top",
+                               ha="right", xytext=(-2, -2), textcoords="offset points", fontsize=8)  # fmt: skip
+            lower.set_ylim(span[0] - margin, span[1] + margin)
+            _finish(lower, None, "ratio", run.num_epochs, legend=False)
+            upper.set_xlabel("")
+
+        return Panel(run.name, draw, 1.25 if ratios else 1.0)
+
+    return Picture(
+        "growth",
+        "Classifiers and what earned them",
+        "Above, classifiers per modality; below, the ratio of each modality's training score to the others' at each "
+        "decision: a modality below the threshold gets one more classifier.",
+        tuple(panel(run) for run in runs),
+    )
+
+
+def _over_epochs(
+    runs: Sequence[RunData],
+    name: str,
+    title: str,
+    label: str,
+    values: Callable[[RunData], tuple[list[int], list[float]]],
+    caption: str,
+) -> Picture:
+    """All runs in one panel, coloured by group; where a group has several seeds, each thin and their mean thick."""
+    groups = group_runs(runs)
+    labels = group_labels(groups)
+    if len({group[0].corpus for group in groups}) > 1:
+        labels = [f"{group[0].corpus} {label_}" for group, label_ in zip(groups, labels, strict=True)]
+    if any(len(group) > 1 for group in groups):
+        caption += " Thin lines are single seeds, thick ones their mean."
+
+    def draw(figure: FigureBase, ink: str) -> None:
+        ax: Axes = figure.subplots()
+        for i, (group, group_label) in enumerate(zip(groups, labels, strict=True)):
+            color, dash = GROUP_COLORS[i % len(GROUP_COLORS)], DASHES[i % len(DASHES)]
+            if len(group) > 1:
+                for run in group:
+                    ax.plot(*values(run), color=color, linewidth=0.8, alpha=0.5)
+            # A run that is still under way has its thin line, but would cut the mean short.
+            whole = [run for run in group if run.finished] or group
+            if len(group) > 1:
+                group_label = f"{group_label} (n = {len(whole)})"
+            curves = [dict(zip(*values(run), strict=True)) for run in whole]
+            shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+            means = [sum(curve[e] for curve in curves) / len(curves) for e in shared]
+            _line(ax, shared, means, color=color, linestyle=dash, linewidth=2.2, label=group_label)
+        ax.set_ylim(bottom=0)
+        _finish(ax, None, label, max(run.num_epochs for run in runs))
+
+    return Picture(name, title, caption, (Panel(title, draw),))
+
+
+# --- drawing
+
+
+def _line(ax: Axes, epochs: Sequence[float], values: Sequence[float], **style: Any) -> None:
+    marker = {"marker": "o", "markersize": 3} if len(epochs) <= 12 else {}
+    ax.plot(epochs, values, **{"linewidth": 1.8, **marker, **style})
+
+
+def _decision_marks(ax: Axes, run: RunData, colors: dict[str, str]) -> None:
+    from matplotlib.transforms import blended_transform_factory
+
+    place = blended_transform_factory(ax.transData, ax.transAxes)
+    for decision in run.decisions:
+        for i, name in enumerate(decision.get("add") or ()):
+            color = colors.get(name, SVG_INK)
+            ax.axvline(decision["epoch"], color=color, linewidth=0.8, alpha=0.35, zorder=1)
+            ax.plot([decision["epoch"]], [0.03 + 0.06 * i], marker="^", markersize=6, color=color, zorder=6,
+                    markeredgewidth=0, transform=place, clip_on=False)  # fmt: skip
+
+
+def _finish(
+    ax: Axes,
+    title: str | None,
+    label: str,
+    epochs: int,
+    *,
+    legend: bool = True,
+    marks: RunData | None = None,
+    colors: dict[str, str] | None = None,
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    if marks is not None:
+        _decision_marks(ax, marks, colors or {})
+    ax.set_xlim(1 - 0.02 * epochs, epochs + 0.02 * epochs + (epochs == 1))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    ax.set_xlabel("epoch")
+    ax.set_ylabel(label)
+    handles, labels = ax.get_legend_handles_labels()
+    if legend and handles:
+        ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(len(handles), 5),
+                  borderaxespad=0.2, handlelength=1.9, columnspacing=1.2, handletextpad=0.5)  # fmt: skip
+    if title is not None:
+        ax.set_title(_shortened(title, 52), loc="left", pad=22 if legend and handles else 6)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+@contextmanager
+def _style(ink: str, salt: str) -> Iterator[None]:
+    import matplotlib
+
+    settings = {
+        "svg.hashsalt": salt,
+        "svg.fonttype": "none",
+        "text.parse_math": False,  # a "$" in a run's name is a dollar
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 9.5,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": ink,
+        "axes.labelcolor": ink,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+        "grid.color": ink,
+        "grid.alpha": 0.22,
+        "grid.linewidth": 0.6,
+        "text.color": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.solid_capstyle": "round",
+    }
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Names may hold characters that matplotlib's own font lacks; the browser has them.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font", category=UserWarning)
+        yield
+
+
+def _drawn(panels: Sequence[Panel], ink: str) -> Any:
+    from matplotlib.figure import Figure
+
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    width, height = PANEL_INCHES
+    figure = Figure(figsize=(width * across, height * max(p.height for p in panels) * down), layout="constrained")
+    if len(panels) == 1:
+        panels[0].draw(figure, ink)
+        return figure
+    cells = figure.subfigures(down, across, squeeze=False)
+    for panel, cell in zip(panels, cells.flat, strict=False):
+        panel.draw(cell, ink)
+    return figure
+
+
+def svg(panels: Sequence[Panel], name: str) -> str:
+    """Panels side by side as one <svg> element whose ink is the colour of the text around it.
+
+    name: unique on the page, so that ids within the element are too.
+    """
+    with _style(SVG_INK, name):
+        out = io.StringIO()
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        _drawn(panels, SVG_INK).savefig(out, format="svg", metadata=metadata)
+    text = out.getvalue()
+    text = text[text.index("<svg") :].replace(SVG_INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # nothing refers to groups, and they repeat on a page
+    title = escape(", ".join(panel.title for panel in panels))
+    box = re.search(r'viewBox="([^"]+)"', text)
+    assert box, "matplotlib wrote an SVG without a viewBox"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box[1]}"'
+    return re.sub(r"<svg[^>]*>", lambda _: f'{head} role="img">\n <title>{title}</title>', text, count=1).strip() + "\n"
+
+
+def standalone_svg(picture: Picture) -> str:
+    """The whole picture as an SVG file that follows the reader's light or dark setting."""
+    style = "<style>svg{color:#30343b}@media(prefers-color-scheme:dark){svg{color:#c9ced6}}</style>"
+    text = svg(picture.panels, picture.name).replace("</title>", f"</title>\n {style}", 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}'
+
+
+def png(picture: Picture, dpi: int = 160) -> bytes:
+    """The whole picture on white."""
+    out = io.BytesIO()
+    with _style(PNG_INK, picture.name):
+        figure = _drawn(picture.panels, PNG_INK)
+        figure.savefig(out, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return out.getvalue()
+
+
+def write_pictures(runs: Sequence[RunData], folder: str) -> list[str]:
+    """Every picture as PNG and SVG in `folder`; the paths written."""
+    paths = []
+    for picture in pictures(runs):
+        for name, data in (("png", png(picture)), ("svg", standalone_svg(picture).encode())):
+            paths.append(storage.join(folder, f"{picture.name}.{name}"))
+            storage.write_bytes(paths[-1], data)
+    return paths

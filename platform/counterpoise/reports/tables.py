@@ -1,0 +1,272 @@
+"""Comparison of runs: one row per (corpus, method, settings), mean and sample deviation over seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from counterpoise.reports.records import FUSED, RunData, all_modalities, duration
+
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of one row: the values of its runs. `best`: no other row of the corpus is better."""
+
+    values: tuple[float, ...]
+    digits: int = 3
+    best: bool = False
+    seconds: bool = False
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation (n - 1); None for fewer than two runs."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return DASH
+        mean, std = (
+            duration(v) if self.seconds else "" if v is None else f"{v:.{self.digits}f}" for v in (self.mean, self.std)
+        )
+        return mean if self.std is None else f"{mean} ± {std}"
+
+
+@dataclass
+class Row:
+    corpus: str
+    method: str
+    label: str  # the method, and the settings in which it differs from other rows of the same method
+    digest: str
+    finished: list[RunData]
+    others: list[RunData]  # not finished: named, but not averaged
+    cells: dict[str, Cell] = field(default_factory=dict)
+    classifiers: str = DASH
+    split: str = "test"
+
+    @property
+    def runs(self) -> list[str]:
+        return [run.name for run in self.finished]
+
+
+@dataclass
+class Table:
+    """Rows in the order in which the runs were given. columns: {key: (heading, bigger is better, or None)}."""
+
+    rows: list[Row]
+    columns: dict[str, tuple[str, bool | None]]
+
+    @property
+    def corpora(self) -> list[str]:
+        return list(dict.fromkeys(row.corpus for row in self.rows))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know to read the numbers, one sentence each."""
+        notes = []
+        if any(len(row.finished) > 1 for row in self.rows):
+            notes.append("Mean ± sample standard deviation over n seeds.")
+        selections = {str(run.summary["selection"]) for row in self.rows for run in row.finished
+                      if run.summary and run.summary.get("selection")}  # fmt: skip
+        if selections:
+            notes.append(f"Epoch selected by best {', '.join(sorted(selections))}.")
+        if any(row.split == "valid" for row in self.rows if row.finished):
+            notes.append("Rows marked (valid) have no test split and show the selected epoch on valid.")
+        for row in self.rows:
+            for run in row.others:
+                at = f", epoch {len(run.epochs)} of {run.num_epochs}" if run.num_epochs else ""
+                notes.append(f"{run.name} is {run.state}{at}, and not in the numbers.")
+        return notes
+
+
+def group_runs(runs: Sequence[RunData]) -> list[list[RunData]]:
+    """Runs that differ only in seed and name, together; groups and runs keep their order."""
+    groups: dict[tuple[str, str, str], list[RunData]] = {}
+    for run in runs:
+        groups.setdefault((run.corpus, run.method, run.settings_digest), []).append(run)
+    return list(groups.values())
+
+
+def group_labels(groups: Sequence[Sequence[RunData]]) -> list[str]:
+    """The method of each group; where groups share it, also the settings that tell them apart."""
+    labels = []
+    for group in groups:
+        first = group[0]
+        rivals = [g[0] for g in groups if g[0].method == first.method and g[0].corpus == first.corpus]
+        if len(rivals) == 1:
+            labels.append(first.method)
+            continue
+        keys = sorted({key for rival in rivals for key in rival.settings})
+        differing = [k for k in keys if len({repr(rival.settings.get(k)) for rival in rivals}) > 1]
+        shown = [f"{k.removeprefix('method.')}={first.settings[k]}" for k in differing if k in first.settings]
+        detail = ", ".join(shown[:3]) + (", …" if len(shown) > 3 else "")
+        labels.append(f"{first.method} ({detail or first.settings_digest[:6]})")
+    return labels
+
+
+def _result(run: RunData) -> tuple[str, dict[str, Any]]:
+    """The split whose numbers the table shows, and the numbers."""
+    assert run.summary is not None
+    test = run.summary.get("test")
+    return ("test", test) if test else ("valid", run.summary.get("valid") or {})
+
+
+def _values(runs: Sequence[RunData], *path: str) -> tuple[float, ...]:
+    """The number at `path` of the summaries that have it; paths under "result" are of the shown split."""
+    found = []
+    for run in runs:
+        value: Any = {**(run.summary or {}), "result": _result(run)[1]}
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, int | float):
+            found.append(float(value))
+    return tuple(found)
+
+
+def comparison(runs: Sequence[RunData]) -> Table:
+    """The table of all runs. Unfinished runs are named in the notes and not averaged."""
+    modalities = all_modalities(runs)
+    columns: dict[str, tuple[str, bool | None]] = {FUSED: (FUSED, True)}
+    columns |= {f"accuracy/{name}": (name, True) for name in modalities}
+    columns |= {"gap": ("gap", False), "map": ("mAP", True), "macro_f1": ("macro-F1", True)}
+    columns |= {"epoch": ("epoch", None), "wall_s": ("time", None), "rate": ("samples/s", None)}
+    rows = []
+    groups = group_runs(runs)
+    for group, label in zip(groups, group_labels(groups), strict=True):
+        done = [run for run in group if run.finished]
+        row = Row(group[0].corpus, group[0].method, label, group[0].settings_digest, done,
+                  [run for run in group if not run.finished])  # fmt: skip
+        splits = {_result(run)[0] for run in done}
+        row.split = "valid" if splits == {"valid"} else "test"
+        single = len(group[0].modalities) < 2
+        row.cells = {
+            FUSED: Cell(_values(done, "result", "accuracy", FUSED)),
+            **{f"accuracy/{m}": Cell(_values(done, "result", "accuracy", m)) for m in modalities},
+            "gap": Cell(() if single else _values(done, "result", "gap")),
+            "map": Cell(_values(done, "result", "map", FUSED)),
+            "macro_f1": Cell(_values(done, "result", "macro_f1", FUSED)),
+            "epoch": Cell(_values(done, "selected_epoch"), digits=0 if len(done) < 2 else 1),
+            "wall_s": Cell(_values(done, "wall_s"), seconds=True),
+            "rate": Cell(_values(done, "samples_per_s"), digits=0),
+        }
+        row.classifiers = _classifiers(done)
+        rows.append(row)
+    columns = {key: column for key, column in columns.items() if any(row.cells[key].values for row in rows)}
+    _mark_best(rows, columns)
+    return Table(rows, columns)
+
+
+def _classifiers(runs: Sequence[RunData]) -> str:
+    """Classifiers per modality, e.g. "audio 1, visual 5"; a range where seeds differ."""
+    counts: dict[str, list[int]] = {}
+    for run in runs:
+        for name, n in ((run.summary or {}).get("classifiers") or {}).items():
+            counts.setdefault(name, []).append(int(n))
+    if not counts:
+        return DASH
+    spans = {name: (min(ns), max(ns)) for name, ns in counts.items()}
+    return ", ".join(f"{name} {low}" + (f"–{high}" if high > low else "") for name, (low, high) in spans.items())
+
+
+def _mark_best(rows: Sequence[Row], columns: dict[str, tuple[str, bool | None]]) -> None:
+    for corpus in {row.corpus for row in rows}:
+        for key, (_, bigger) in columns.items():
+            shown = {id(row): round(mean, row.cells[key].digits) for row in rows
+                     if row.corpus == corpus and (mean := row.cells[key].mean) is not None}  # fmt: skip
+            if bigger is None or len(shown) < 2:
+                continue
+            best = max(shown.values()) if bigger else min(shown.values())
+            for row in rows:
+                if shown.get(id(row)) == best:
+                    cell = row.cells[key]
+                    row.cells[key] = Cell(cell.values, cell.digits, True, cell.seconds)
+
+
+def row_label(row: Row) -> str:
+    return row.label + (" (valid)" if row.split == "valid" and row.finished else "")
+
+
+def _cells(table: Table, row: Row, mark: str = "") -> list[str]:
+    texts = []
+    for key in table.columns:
+        cell = row.cells[key]
+        texts.append(f"{mark}{cell}{mark}" if cell.best else str(cell))
+    return texts
+
+
+def _grid(table: Table, mark: str = "") -> tuple[list[str], list[list[str]]]:
+    """Headings and rows as text; the corpus only where there are several, classifiers only where there are any."""
+    many = len(table.corpora) > 1
+    grown = any(row.classifiers != DASH for row in table.rows)
+    at = list(table.columns).index("epoch") if "epoch" in table.columns else len(table.columns)
+    headings = [heading for heading, _ in table.columns.values()]
+    headings = [*["corpus"] * many, "method", "n", *headings[:at], *["classifiers"] * grown, *headings[at:]]
+    rows = []
+    for row in table.rows:
+        cells = _cells(table, row, mark)
+        head = [*[row.corpus] * many, row_label(row), str(len(row.finished))]
+        rows.append([*head, *cells[:at], *[row.classifiers] * grown, *cells[at:]])
+    return headings, rows
+
+
+def text_table(runs: Sequence[RunData]) -> str:
+    """The comparison as aligned plain text, with the notes below it."""
+    table = comparison(runs)
+    headings, rows = _grid(table)
+    widths = [max(len(line[i]) for line in [headings, *rows]) for i in range(len(headings))]
+    left = {i for i, heading in enumerate(headings) if heading in ("corpus", "method", "classifiers")}
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "  ".join(padded).rstrip()
+
+    lines = [line(headings), line(["-" * w for w in widths]), *(line(row) for row in rows)]
+    sources = [f"{row_label(row)}: {', '.join(row.runs)}" for row in table.rows if row.runs]
+    return "\n".join([*lines, "", *table.notes, *(f"Runs of {source}" for source in sources)]) + "\n"
+
+
+def _markdown_safe(text: str) -> str:
+    for character in ("\\", "|", "<", "*", "_", "`", "["):
+        text = text.replace(character, "\\" + character)
+    return text.replace("\n", " ")
+
+
+def markdown_table(runs: Sequence[RunData]) -> str:
+    """The comparison as a Markdown table; the best of each column is bold, the last column names the runs."""
+    table = comparison(runs)
+    headings, rows = _grid(table, mark="**")
+    text_columns = {i for i, heading in enumerate(headings) if heading in ("corpus", "method", "classifiers")}
+    rules = [":---" if i in text_columns else "---:" for i in range(len(headings))] + [":---"]
+    lines = [[*map(_markdown_safe, headings), "runs"], rules]
+    for row, cells in zip(table.rows, rows, strict=True):
+        safe = [_markdown_safe(c) if i in text_columns else c for i, c in enumerate(cells)]
+        lines.append([*safe, ", ".join(map(_markdown_safe, row.runs)) or DASH])
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n\n".join([text, *map(_markdown_safe, table.notes)]) + "\n"
+
+
+def csv_table(runs: Sequence[RunData]) -> str:
+    """The comparison as CSV in full precision: mean and std of every column apart, then the runs."""
+    table = comparison(runs)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    numbers = {key: key.removeprefix("accuracy/") for key in table.columns}
+    numbers |= {"rate": "samples_per_s", "epoch": "selected_epoch"} if "rate" in numbers else {}
+    pairs = [column for name in numbers.values() for column in (name, f"{name}_std")]
+    writer.writerow(["corpus", "method", "split", "n", *pairs, "classifiers", "settings", "runs"])
+    for row in table.rows:
+        values = [v for key in numbers for v in (row.cells[key].mean, row.cells[key].std)]
+        cells = ["" if v is None else repr(v) for v in values]
+        classifiers = "" if row.classifiers == DASH else row.classifiers
+        writer.writerow([row.corpus, row.label, row.split, len(row.finished), *cells, classifiers, row.digest,
+                         " ".join(row.runs)])  # fmt: skip
+    return out.getvalue()

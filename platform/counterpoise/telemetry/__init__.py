@@ -1,0 +1,1 @@
+"""Telemetry: what running runs say while they run. Reads run folders, never the processes that write them."""
