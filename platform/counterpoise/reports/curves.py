@@ -42,7 +42,7 @@ GROUP_COLORS = ("#7a66d6", "#0f98a0", "#c94f7c", "#8c8a00", "#b06a3b", "#4f86c6"
 DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.4)), (0, (1.2, 1.2)), (0, (5, 1.4, 1.2, 1.4)), (0, (8, 2)))
 SVG_INK = "#767676"  # stands for the colour of the text around the picture
 PNG_INK = "#30343b"
-PANEL_INCHES = (5.2, 3.25)
+PANEL_INCHES = (4.9, 3.1)
 
 
 @dataclass(frozen=True)
@@ -274,11 +274,12 @@ def _finish(
     ax.set_xlabel("epoch")
     ax.set_ylabel(label)
     handles, labels = ax.get_legend_handles_labels()
-    if legend and handles:
-        ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(len(handles), 5),
+    rows = -(-sum(len(text) + 6 for text in labels) // 64) if legend else 0  # as many as fit beside one another
+    if rows:
+        ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=-(-len(handles) // rows),
                   borderaxespad=0.2, handlelength=1.9, columnspacing=1.2, handletextpad=0.5)  # fmt: skip
     if title is not None:
-        ax.set_title(_shortened(title, 52), loc="left", pad=22 if legend and handles else 6)
+        ax.set_title(_shortened(title, 52), loc="left", pad=6 + 15 * rows)
 
 
 def _shortened(text: str, length: int) -> str:
@@ -289,14 +290,14 @@ def _shortened(text: str, length: int) -> str:
 def _style(ink: str, salt: str) -> Iterator[None]:
     import matplotlib
 
-    settings = {
+    settings: Any = {
         "svg.hashsalt": salt,
         "svg.fonttype": "none",
         "text.parse_math": False,  # a "$" in a run's name is a dollar
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 9.5,
-        "axes.titlesize": 10,
+        "font.size": 9,
+        "axes.titlesize": 9.5,
         "axes.titleweight": "bold",
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -314,7 +315,7 @@ def _style(ink: str, salt: str) -> Iterator[None]:
         "xtick.color": ink,
         "ytick.color": ink,
         "legend.frameon": False,
-        "legend.fontsize": 9,
+        "legend.fontsize": 8.5,
         "lines.solid_capstyle": "round",
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():

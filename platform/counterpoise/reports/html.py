@@ -13,7 +13,7 @@ from counterpoise import storage
 from counterpoise.contracts import DataError, Record
 from counterpoise.reports import curves
 from counterpoise.reports.records import RunData, duration, read_runs, reason
-from counterpoise.reports.tables import comparison, row_label
+from counterpoise.reports.tables import DASH, comparison, row_label
 
 TEMPLATE = "template.html.j2"
 
@@ -41,7 +41,7 @@ def render(runs: Sequence[RunData], out_path: str = "report.html", title: str | 
         corpora=table.corpora,
         table=table,
         row_label=row_label,
-        grown=any(row.classifiers != "–" for row in table.rows),
+        grown=any(row.classifiers != DASH for row in table.rows),
         before=[key for key in table.columns if key not in ("epoch", "wall_s", "rate")],
         after=[key for key in table.columns if key in ("epoch", "wall_s", "rate")],
         pictures=[_inline(picture) for picture in curves.pictures(runs)],
@@ -90,9 +90,7 @@ def _section(index: int, run: RunData, out_path: str) -> dict[str, Any]:
         "settings digest": run._first("digest"),
         "started": manifest.get("created"),
         "wall time": duration(summary["wall_s"]) if summary.get("wall_s") is not None else None,
-        "waiting for data": f"{share:.1%} of the time"
-        if (share := summary.get("data_wait_share")) is not None
-        else None,
+        "waiting for data": None if (share := summary.get("data_wait_share")) is None else f"{share:.1%} of the time",
     }
     return {
         "anchor": f"run-{index}",
@@ -132,7 +130,7 @@ def _link(uri: str, out_path: str) -> str | None:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return DASH if value is None else f"{value:.3f}"
 
 
 def _value(value: Any) -> str:

@@ -214,8 +214,9 @@ def accuracy_series(run: RunData, name: str) -> tuple[list[int], list[float]]:
 
 def classifier_steps(run: RunData, modality: str) -> tuple[list[int], list[int]]:
     """Classifiers of a modality over epochs: during the first, then after each with what was decided at its end."""
+    epochs: list[int] = []
+    counts: list[int] = []
     after = {d["epoch"]: (d.get("classifiers") or {}).get(modality) for d in run.decisions}
-    epochs, counts = [], []
     for record in run.epochs:
         count = after.get(record["epoch"]) or (record.get("classifiers") or {}).get(modality)
         if count is not None:
@@ -260,7 +261,7 @@ def all_modalities(runs: Sequence[RunData]) -> list[str]:
 def duration(seconds: float | None) -> str:
     """A time span in two units at most: 8.2s, 3m02s, 1h04m, 2d03h."""
     if seconds is None:
-        return "–"
+        return "-"
     if seconds < 9.95:
         return f"{seconds:.1f}s"
     whole = round(seconds)

@@ -6,22 +6,23 @@ import csv
 import io
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from counterpoise.reports.records import FUSED, RunData, all_modalities, duration
 
-DASH = "–"
+DASH = "-"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of one row: the values of its runs. `best`: no other row of the corpus is better."""
+    """One number of one row: the values of its runs. best: no other row of the corpus is better. spread: show it."""
 
     values: tuple[float, ...]
     digits: int = 3
     best: bool = False
     seconds: bool = False
+    spread: bool = True
 
     @property
     def mean(self) -> float | None:
@@ -35,10 +36,10 @@ class Cell:
     def __str__(self) -> str:
         if self.mean is None:
             return DASH
-        mean, std = (
-            duration(v) if self.seconds else "" if v is None else f"{v:.{self.digits}f}" for v in (self.mean, self.std)
-        )
-        return mean if self.std is None else f"{mean} ± {std}"
+        if self.seconds:
+            return duration(self.mean)
+        text = f"{self.mean:.{self.digits}f}"
+        return text if self.std is None or not self.spread else f"{text} ± {self.std:.{self.digits}f}"
 
 
 @dataclass
@@ -156,7 +157,7 @@ def comparison(runs: Sequence[RunData]) -> Table:
             "macro_f1": Cell(_values(done, "result", "macro_f1", FUSED)),
             "epoch": Cell(_values(done, "selected_epoch"), digits=0 if len(done) < 2 else 1),
             "wall_s": Cell(_values(done, "wall_s"), seconds=True),
-            "rate": Cell(_values(done, "samples_per_s"), digits=0),
+            "rate": Cell(_values(done, "samples_per_s"), digits=0, spread=False),
         }
         row.classifiers = _classifiers(done)
         rows.append(row)
@@ -174,7 +175,7 @@ def _classifiers(runs: Sequence[RunData]) -> str:
     if not counts:
         return DASH
     spans = {name: (min(ns), max(ns)) for name, ns in counts.items()}
-    return ", ".join(f"{name} {low}" + (f"–{high}" if high > low else "") for name, (low, high) in spans.items())
+    return ", ".join(f"{name} {low}" + (f"-{high}" if high > low else "") for name, (low, high) in spans.items())
 
 
 def _mark_best(rows: Sequence[Row], columns: dict[str, tuple[str, bool | None]]) -> None:
@@ -187,8 +188,7 @@ def _mark_best(rows: Sequence[Row], columns: dict[str, tuple[str, bool | None]])
             best = max(shown.values()) if bigger else min(shown.values())
             for row in rows:
                 if shown.get(id(row)) == best:
-                    cell = row.cells[key]
-                    row.cells[key] = Cell(cell.values, cell.digits, True, cell.seconds)
+                    row.cells[key] = replace(row.cells[key], best=True)
 
 
 def row_label(row: Row) -> str:
