@@ -34,25 +34,23 @@ class _Model(BaseModel):
 class AudioPreprocess(_Model):
     """A log spectrogram [1, F, T]; the defaults give the 257 x 188 of the CREMA-D papers."""
 
-    sample_rate: int = Field(22050, gt=0, description="Hz; files of another rate are resampled")
-    seconds: float = Field(3.0, gt=0, le=600, description="length; longer clips are cut at the end")
+    sample_rate: int = Field(default=22050, gt=0, description="Hz; files of another rate are resampled")
+    seconds: float = Field(default=3.0, gt=0, le=600, description="length; longer clips are cut at the end")
     fill: Literal["tile", "zero"] = Field(
-        "tile", description="shorter clips are repeated, or followed by silence"
+        default="tile", description="shorter clips are repeated, or followed by silence"
     )
-    n_fft: int = Field(512, ge=2, description="samples of a Hann window")
-    hop_length: int = Field(353, ge=1, description="samples between windows")
-    mel: int | None = Field(None, ge=1, description="mel bands; null keeps the n_fft // 2 + 1 linear bins")
-    log_floor: float = Field(1e-7, gt=0, description="added to the magnitude before the logarithm")
-    clip: bool = Field(True, description="clip the waveform to -1..1")
-    mean: float = Field(0.0, description="subtracted from the log spectrogram")
-    std: float = Field(1.0, gt=0, description="the log spectrogram is divided by it")
+    n_fft: int = Field(default=512, ge=2, description="samples of a Hann window")
+    hop_length: int = Field(default=353, ge=1, description="samples between windows")
+    mel: int | None = Field(default=None, ge=1, description="mel bands; null keeps the n_fft // 2 + 1 linear bins")
+    log_floor: float = Field(default=1e-7, gt=0, description="added to the magnitude before the logarithm")
+    clip: bool = Field(default=True, description="clip the waveform to -1..1")
+    mean: float = Field(default=0.0, description="subtracted from the log spectrogram")
+    std: float = Field(default=1.0, gt=0, description="the log spectrogram is divided by it")
 
     @model_validator(mode="after")
     def _long_enough(self) -> AudioPreprocess:
         if self.num_samples <= self.n_fft // 2:
-            raise ValueError(
-                f"seconds {self.seconds} is shorter than half a window of n_fft {self.n_fft} samples"
-            )
+            raise ValueError(f"seconds {self.seconds} is shorter than half a window of n_fft {self.n_fft} samples")
         return self
 
     @property
@@ -68,9 +66,9 @@ class ImagePreprocess(_Model):
     """Pixels as (x / 255 - mean) / std [C, H, W]."""
 
     size: tuple[int, int] = Field(description="height and width in pixels; other sizes are scaled (bilinear)")
-    channels: Literal[1, 3] = Field(3, description="1 grey, 3 RGB")
-    mean: tuple[float, ...] = Field((0.0,), description="per channel or one for all, on the 0..1 scale")
-    std: tuple[float, ...] = Field((1.0,), description="per channel or one for all, on the 0..1 scale")
+    channels: Literal[1, 3] = Field(default=3, description="1 grey, 3 RGB")
+    mean: tuple[float, ...] = Field(default=(0.0,), description="per channel or one for all, on the 0..1 scale")
+    std: tuple[float, ...] = Field(default=(1.0,), description="per channel or one for all, on the 0..1 scale")
 
     @field_validator("mean", "std", mode="before")
     @classmethod
@@ -106,8 +104,8 @@ class FramesPreprocess(ImagePreprocess):
 class TextPreprocess(_Model):
     """Hashed lower-cased words [L]; 0 pads."""
 
-    max_length: int = Field(32, ge=1, description="words kept")
-    vocabulary: int = Field(20000, ge=2, description="token ids lie in 1..vocabulary-1")
+    max_length: int = Field(default=32, ge=1, description="words kept")
+    vocabulary: int = Field(default=20000, ge=2, description="token ids lie in 1..vocabulary-1")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,35 +115,35 @@ class TextPreprocess(_Model):
 class VectorPreprocess(_Model):
     """A feature vector [D]."""
 
-    shape: tuple[int] | None = Field(None, description="[D]; null takes it from the train split")
-    standardize: bool = Field(False, description="z-score per feature, with mean and std of the train split")
+    shape: tuple[int] | None = Field(default=None, description="[D]; null takes it from the train split")
+    standardize: bool = Field(default=False, description="z-score per feature, with mean and std of the train split")
 
 
 class SeriesPreprocess(_Model):
     """A multichannel series [T, C], stored flat, time first."""
 
     shape: tuple[int, int] = Field(description="[T, C]")
-    standardize: bool = Field(False, description="z-score per channel, with mean and std of the train split")
+    standardize: bool = Field(default=False, description="z-score per channel, with mean and std of the train split")
 
 
 class AudioModality(_Model):
     kind: Literal["audio"]
     column: str = Field(description="column of encoded bytes")
-    encoding: Literal["wav", "flac", "ogg"] | None = Field(None, description="null accepts any of them")
+    encoding: Literal["wav", "flac", "ogg"] | None = Field(default=None, description="null accepts any of them")
     preprocess: AudioPreprocess = AudioPreprocess()
 
 
 class ImageModality(_Model):
     kind: Literal["image"]
     column: str = Field(description="column of encoded bytes")
-    encoding: Literal["png", "jpeg"] | None = Field(None, description="null accepts either")
+    encoding: Literal["png", "jpeg"] | None = Field(default=None, description="null accepts either")
     preprocess: ImagePreprocess
 
 
 class FramesModality(_Model):
     kind: Literal["frames"]
     column: str = Field(description="column of lists of encoded images")
-    encoding: Literal["png", "jpeg"] | None = Field(None, description="null accepts either")
+    encoding: Literal["png", "jpeg"] | None = Field(default=None, description="null accepts either")
     preprocess: FramesPreprocess
 
 
@@ -160,7 +158,7 @@ class VectorModality(_Model):
     kind: Literal["vector"]
     column: str | tuple[str, ...] = Field(description="one column of lists, or several columns of numbers")
     encoding: Literal["float32", "float64"] | None = Field(
-        None, description="for the reader only; any number is read"
+        default=None, description="for the reader only; any number is read"
     )
     preprocess: VectorPreprocess = VectorPreprocess()
 
@@ -169,7 +167,7 @@ class SeriesModality(_Model):
     kind: Literal["series"]
     column: str = Field(description="column of flat lists of T * C numbers")
     encoding: Literal["float32", "float64"] | None = Field(
-        None, description="for the reader only; any number is read"
+        default=None, description="for the reader only; any number is read"
     )
     preprocess: SeriesPreprocess
 
@@ -184,26 +182,22 @@ AnyModality = AudioModality | ImageModality | FramesModality | TextModality | Ve
 class Carve(_Model):
     """A split taken out of another one: decided by sample ids, labels, groups and the seed alone."""
 
-    source: Literal["train"] = Field("train", alias="from", description="the split it is taken from")
-    fraction: float = Field(0.1, gt=0, lt=1, description="part of the source's rows")
-    seed: int = Field(0, description="another seed carves other rows")
-    group: str | None = Field(None, description="column whose rows stay together (speaker, clip, ...)")
-    stratify: bool = Field(True, description="the fraction of every class, where groups allow it")
+    source: Literal["train"] = Field(default="train", alias="from", description="the split it is taken from")
+    fraction: float = Field(default=0.1, gt=0, lt=1, description="part of the source's rows")
+    seed: int = Field(default=0, description="another seed carves other rows")
+    group: str | None = Field(default=None, description="column whose rows stay together (speaker, clip, ...)")
+    stratify: bool = Field(default=True, description="the fraction of every class, where groups allow it")
 
 
 class SplitCard(_Model):
     """Where a split's rows are: files, or a part carved out of train."""
 
     files: tuple[str, ...] = Field(
-        (), description="Parquet files or globs, relative to the card, absolute, or s3://"
+        default=(), description="Parquet files or globs, relative to the card, absolute, or s3://"
     )
-    where: dict[str, Any] = Field(
-        default_factory=dict, description="keep rows whose column has this value (or one of)"
-    )
-    expected: int | None = Field(None, ge=0, description="number of rows; checked on opening")
-    sha256: dict[str, str] = Field(
-        default_factory=dict, description="file name to SHA-256; checked by `corpora check`"
-    )
+    where: dict[str, Any] = Field(default_factory=dict, description="keep rows whose column has this value (or one of)")
+    expected: int | None = Field(default=None, ge=0, description="number of rows; checked on opening")
+    sha256: dict[str, str] = Field(default_factory=dict, description="file name to SHA-256; checked by `corpora check`")
     carve: Carve | None = None
 
     @field_validator("files", mode="before")
@@ -226,15 +220,15 @@ class Card(_Model):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64, description="lower case, one word")
     title: str = ""
     description: str = ""
-    licence: str = Field("", description="of the data, not of the code")
-    source: tuple[str, ...] = Field((), description="where it comes from: addresses or words")
+    licence: str = Field(default="", description="of the data, not of the code")
+    source: tuple[str, ...] = Field(default=(), description="where it comes from: addresses or words")
     citation: str = ""
-    classes: tuple[str, ...] = Field((), description="class names in label order")
+    classes: tuple[str, ...] = Field(default=(), description="class names in label order")
     num_classes: int | None = Field(
-        None, ge=2, description="instead of `classes`, for integer labels without names"
+        default=None, ge=2, description="instead of `classes`, for integer labels without names"
     )
-    label: str = Field("label", description="column of integers, or of strings that are in `classes`")
-    sample_id: str | None = Field(None, description="column; null makes ids from file names and row numbers")
+    label: str = Field(default="label", description="column of integers, or of strings that are in `classes`")
+    sample_id: str | None = Field(default=None, description="column; null makes ids from file names and row numbers")
     splits: dict[Literal["train", "valid", "test"], SplitCard]
     modalities: dict[str, ModalityCard] = Field(min_length=1)
 
@@ -325,9 +319,7 @@ def prepared_corpora() -> list[str]:
     """Names of the corpora under `corpora_home()`, sorted."""
     home = corpora_home()
     return [
-        n
-        for n in storage.list_names(home)
-        if not n.startswith(".") and storage.exists(storage.join(home, n, CARD))
+        n for n in storage.list_names(home) if not n.startswith(".") and storage.exists(storage.join(home, n, CARD))
     ]
 
 
@@ -388,7 +380,7 @@ def parse_card(data: bytes, location: str) -> Card:
         raise ConfigError(f"{location}: {len(data)} bytes; a card has at most {MAX_CARD_BYTES}")
     try:
         # ruff does not see that the loader is a SafeLoader
-        raw = yaml.load(data.decode("utf-8"), Loader=_Loader)  # noqa: S506
+        raw = yaml.load(data.decode("utf-8"), Loader=_Loader)
     except UnicodeDecodeError:
         raise ConfigError(f"{location}: not UTF-8 text") from None
     except RecursionError:
@@ -429,9 +421,7 @@ def _explained(error: ValidationError, location: str) -> str:
     lines = []
     for problem in error.errors():
         loc = problem["loc"]
-        shown = [
-            str(p) for i, p in enumerate(loc) if p != "[key]" and not (loc[0] == "modalities" and i == 2)
-        ]
+        shown = [str(p) for i, p in enumerate(loc) if p != "[key]" and not (loc[0] == "modalities" and i == 2)]
         key = ".".join(shown) or "card"
         given = problem.get("input")
         if problem["type"] == "extra_forbidden":
@@ -441,13 +431,9 @@ def _explained(error: ValidationError, location: str) -> str:
             lines.append(f"{key}: missing")
         elif problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
             kind = given.get("kind") if isinstance(given, dict) else given
-            lines.append(
-                f"{key}.kind is '{kind}'{did_you_mean(kind, _KINDS)}; known kinds: {', '.join(_KINDS)}"
-            )
+            lines.append(f"{key}.kind is '{kind}'{did_you_mean(kind, _KINDS)}; known kinds: {', '.join(_KINDS)}")
         elif problem["type"] == "literal_error" and loc[0] == "splits" and len(loc) < 4:
-            lines.append(
-                f"{key}: no such split{did_you_mean(given, SPLITS)}; splits are: {', '.join(SPLITS)}"
-            )
+            lines.append(f"{key}: no such split{did_you_mean(given, SPLITS)}; splits are: {', '.join(SPLITS)}")
         elif problem["type"] == "value_error":
             lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}")
         else:
@@ -464,7 +450,5 @@ def resolve(card: Card, pattern: str) -> str:
 
 def split_card(card: Card, split: str) -> SplitCard | None:
     if split not in SPLITS:
-        raise DataError(
-            f"no split is called '{split}'{did_you_mean(split, SPLITS)}; splits are: {', '.join(SPLITS)}"
-        )
-    return card.splits.get(split)  # type: ignore[call-overload, no-any-return]
+        raise DataError(f"no split is called '{split}'{did_you_mean(split, SPLITS)}; splits are: {', '.join(SPLITS)}")
+    return card.splits.get(split)  # type: ignore[call-overload]

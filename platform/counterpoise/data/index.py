@@ -106,9 +106,7 @@ def split_files(card: Card, split: SplitCard, name: str) -> list[str]:
             fs, path = storage.filesystem(uri)
             matches = [str(m) for m in fs.glob(path) if str(m).endswith(".parquet")]
             if not matches:
-                raise DataError(
-                    f"corpus {card.name}, split {name}: no .parquet file matches {uri}{_hint(card)}"
-                )
+                raise DataError(f"corpus {card.name}, split {name}: no .parquet file matches {uri}{_hint(card)}")
             found.update(matches if storage.is_local(uri) else (str(fs.unstrip_protocol(m)) for m in matches))
         elif not storage.exists(uri):
             raise DataError(f"corpus {card.name}, split {name}: {uri} does not exist{_hint(card)}")
@@ -146,9 +144,7 @@ def _read_light(card: Card, split: SplitCard, name: str, extra: Iterable[str]) -
     import pyarrow as pa
 
     files = split_files(card, split, name)
-    light = list(
-        dict.fromkeys([card.label, *split.where, *extra, *([card.sample_id] if card.sample_id else [])])
-    )
+    light = list(dict.fromkeys([card.label, *split.where, *extra, *([card.sample_id] if card.sample_id else [])]))
     needed = [*light, *(c for m in card.modalities.values() for c in columns_of(m))]
     parts: list[tuple[int, int, int]] = []
     columns: dict[str, list[Any]] = {c: [] for c in light}
@@ -290,14 +286,10 @@ def open_splits(card: Card) -> dict[str, SplitIndex]:
             chosen = np.flatnonzero(keep)
             left = np.ones(len(whole), dtype=bool)
             for target, carve in carves:
-                grouping = (
-                    [str(rows.columns[carve.group][i]) for i in chosen] if carve.group else whole.sample_ids
-                )
+                grouping = [str(rows.columns[carve.group][i]) for i in chosen] if carve.group else whole.sample_ids
                 at = np.flatnonzero(left)
                 # the fraction is of the whole source, also for the second split carved out of it
-                scaled = carve.model_copy(
-                    update={"fraction": min(carve.fraction * len(whole) / len(at), 1.0)}
-                )
+                scaled = carve.model_copy(update={"fraction": min(carve.fraction * len(whole) / len(at), 1.0)})
                 mask = carved(
                     scaled,
                     target,
@@ -346,17 +338,13 @@ def _check_count(card: Card, name: str, found: int) -> None:
         raise DataError(f"corpus {card.name}, split {name}: no rows")
 
 
-def fingerprint(
-    card: Card, indexes: Mapping[str, SplitIndex], modalities: Iterable[str] | None = None
-) -> str:
+def fingerprint(card: Card, indexes: Mapping[str, SplitIndex], modalities: Iterable[str] | None = None) -> str:
     """SHA-256 of ids and labels per split, class names and preprocessing; the same for any layout of the shards."""
     digest = hashlib.sha256()
     chosen = card.select(modalities)
     facts = {
         "classes": card.class_names,
-        "modalities": {
-            n: {"kind": m.kind, **m.preprocess.model_dump(mode="json")} for n, m in chosen.items()
-        },
+        "modalities": {n: {"kind": m.kind, **m.preprocess.model_dump(mode="json")} for n, m in chosen.items()},
     }
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name in SPLITS:

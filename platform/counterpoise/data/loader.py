@@ -94,17 +94,13 @@ class LocalData:
 
     def decoded_bytes(self) -> int:
         """Memory that all splits take when decoded."""
-        row = sum(
-            int(np.prod(self.inputs[n].shape)) * compact_dtype(m).itemsize for n, m in self._cards().items()
-        )
+        row = sum(int(np.prod(self.inputs[n].shape)) * compact_dtype(m).itemsize for n, m in self._cards().items())
         return row * sum(len(index) for index in self.indexes.values())
 
     def _index(self, split: str) -> SplitIndex:
         split_card(self.card, split)
         if split not in self.indexes:
-            raise DataError(
-                f"corpus {self.card.name} has no split {split}; it has: {', '.join(self.indexes)}"
-            )
+            raise DataError(f"corpus {self.card.name} has no split {split}; it has: {', '.join(self.indexes)}")
         return self.indexes[split]
 
     def _cards(self) -> dict[str, Any]:
@@ -206,8 +202,7 @@ class LocalData:
             return
         num_rows = len(self._index(split))
         arrays = {
-            n: np.zeros((num_rows, *self.inputs[n].shape), dtype=compact_dtype(m))
-            for n, m in self._cards().items()
+            n: np.zeros((num_rows, *self.inputs[n].shape), dtype=compact_dtype(m)) for n, m in self._cards().items()
         }
         good = np.zeros(num_rows, dtype=bool)
         with closing(self._decoded_rows(split)) as decoded:
@@ -250,8 +245,7 @@ class LocalData:
         budget = bad_budget(len(index), self.options.bad_samples)
         if len(bad) > budget:
             some = "; ".join(
-                f"{b['sample_id']} in {b['file']}: {b['modality']}: {b['reason']}"
-                for b in list(bad.values())[:3]
+                f"{b['sample_id']} in {b['file']}: {b['modality']}: {b['reason']}" for b in list(bad.values())[:3]
             )
             raise DataError(
                 f"corpus {self.card.name}, split {split}: {len(bad)} rows cannot be decoded, {budget} of {len(index)} "

@@ -15,53 +15,51 @@ class Flip(_Op):
     """Mirror left and right. image, frames."""
 
     name: Literal["flip"] = "flip"
-    probability: float = Field(0.5, ge=0, le=1, description="chance that a sample is mirrored")
+    probability: float = Field(default=0.5, ge=0, le=1, description="chance that a sample is mirrored")
 
 
 class Shift(_Op):
     """Move by up to `pixels` in each direction, zeros at the edge. image, frames."""
 
     name: Literal["shift"] = "shift"
-    pixels: int = Field(2, ge=1, description="largest distance, in pixels")
+    pixels: int = Field(default=2, ge=1, description="largest distance, in pixels")
 
 
 class ResizedCrop(_Op):
     """Cut out a random part and scale it to full size. image, frames."""
 
     name: Literal["resized_crop"] = "resized_crop"
-    scale: tuple[float, float] = Field((0.5, 1.0), description="area of the part, as a fraction of the whole")
-    ratio: tuple[float, float] = Field((0.75, 1.3333), description="width over height of the part")
+    scale: tuple[float, float] = Field(default=(0.5, 1.0), description="area of the part, as a fraction of the whole")
+    ratio: tuple[float, float] = Field(default=(0.75, 1.3333), description="width over height of the part")
 
 
 class Noise(_Op):
     """Add Gaussian noise. Any kind but text."""
 
     name: Literal["noise"] = "noise"
-    std: float = Field(
-        0.05, gt=0, description="of pixel values on the 0..1 scale, or in units of the feature"
-    )
+    std: float = Field(default=0.05, gt=0, description="of pixel values on the 0..1 scale, or in units of the feature")
 
 
 class TimeShift(_Op):
     """Roll a spectrogram or series along time. audio, series."""
 
     name: Literal["time_shift"] = "time_shift"
-    fraction: float = Field(0.1, gt=0, le=1, description="largest distance, as a fraction of the length")
+    fraction: float = Field(default=0.1, gt=0, le=1, description="largest distance, as a fraction of the length")
 
 
 class Mask(_Op):
     """Blank one band of frequencies and one stretch of time with the sample's minimum (SpecAugment). audio."""
 
     name: Literal["mask"] = "mask"
-    time: float = Field(0.2, ge=0, le=1, description="longest stretch, as a fraction of the length")
-    frequency: float = Field(0.2, ge=0, le=1, description="widest band, as a fraction of the bins")
+    time: float = Field(default=0.2, ge=0, le=1, description="longest stretch, as a fraction of the length")
+    frequency: float = Field(default=0.2, ge=0, le=1, description="widest band, as a fraction of the bins")
 
 
 class Dropout(_Op):
     """Set single features to zero. vector, series."""
 
     name: Literal["dropout"] = "dropout"
-    probability: float = Field(0.1, ge=0, lt=1, description="chance of each feature")
+    probability: float = Field(default=0.1, ge=0, lt=1, description="chance of each feature")
 
 
 def _spelled_out(value: Any) -> Any:
@@ -83,16 +81,14 @@ class DataOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shuffle_window: int = Field(
-        8192, ge=1, description="rows shuffled together; a smaller split is one permutation"
+        default=8192, ge=1, description="rows shuffled together; a smaller split is one permutation"
     )
-    cache: Literal["auto", "on", "off"] = Field("auto", description="keep decoded rows in memory")
-    cache_limit_gib: float = Field(
-        2.0, gt=0, description="cache: auto caches a corpus up to this size, in GiB"
-    )
-    decode_threads: int = Field(2, ge=1, description="threads that decode, per worker")
-    prefetch: int = Field(4, ge=1, description="batches made ahead of the training loop")
+    cache: Literal["auto", "on", "off"] = Field(default="auto", description="keep decoded rows in memory")
+    cache_limit_gib: float = Field(default=2.0, gt=0, description="cache: auto caches a corpus up to this size, in GiB")
+    decode_threads: int = Field(default=2, ge=1, description="threads that decode, per worker")
+    prefetch: int = Field(default=4, ge=1, description="batches made ahead of the training loop")
     bad_samples: float = Field(
-        0.01,
+        default=0.01,
         ge=0,
         le=1,
         description="largest fraction of a split that may be undecodable; 0: none, else at least one",

@@ -9,6 +9,7 @@ a piece of it, and the reader joins pieces that share a batch number.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,9 @@ class Unit:
         return np.concatenate([self.order[p.start : p.stop] for p in self.pieces])
 
 
-def epoch_order(group_sizes: Sequence[int], seed: int, epoch: int, shuffle_window: int) -> list[np.ndarray]:
+def epoch_order(
+    group_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int, shuffle_window: int
+) -> list[np.ndarray]:
     """Windows of row numbers that together hold every row once, in training order.
 
     Every window has at least `shuffle_window` rows (what remains joins the last one); a split of no more rows than
@@ -102,7 +105,7 @@ def check_batches(num_samples: int, batch_size: int, world: int) -> None:
             f"choose a multiple of {world}, or {some} workers"
         )
     edges = bounds(num_samples, batch_size)
-    smallest = min((b - a for a, b in zip(edges, edges[1:], strict=False)), default=0)
+    smallest = min((b - a for a, b in itertools.pairwise(edges)), default=0)
     if smallest < world:
         raise DataError(
             f"{num_samples} training samples in batches of {batch_size}: the smallest batch has {smallest} samples "
@@ -118,7 +121,7 @@ def _groups_of(rows: np.ndarray, group_starts: np.ndarray, pairs: np.ndarray) ->
 def rank_units(
     split: str,
     group_pairs: np.ndarray,
-    group_sizes: Sequence[int],
+    group_sizes: Sequence[int] | np.ndarray,
     *,
     seed: int,
     epoch: int,
@@ -163,7 +166,7 @@ def rank_units(
 def evaluation_units(
     split: str,
     group_pairs: np.ndarray,
-    group_sizes: Sequence[int],
+    group_sizes: Sequence[int] | np.ndarray,
     *,
     block: int,
     rank: int = 0,

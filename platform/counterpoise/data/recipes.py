@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+import os
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import counterpoise
-from counterpoise.data.card import CARD
+from counterpoise import storage
+from counterpoise.contracts import ConfigError
+from counterpoise.data.card import CARD, Card, corpora_home, did_you_mean, load_card
+
+# how much is done, of how much, and of what
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A corpus that can be prepared, and whether it is, at its usual place."""
+
+    name: str
+    card: Card
+    folder: Path
+    prepared: bool
 
 
 def recipes_root() -> Path:
@@ -20,3 +45,102 @@ def recipe_names() -> list[str]:
     if not root.is_dir():
         return []
     return sorted(p.name for p in root.iterdir() if (p / CARD).is_file() and (p / "prepare.py").is_file())
+
+
+def recipes() -> list[Recipe]:
+    """Every corpus that can be prepared, by name."""
+    root = recipes_root()
+    return [
+        Recipe(
+            name,
+            load_card(str(root / name / CARD)),
+            root / name,
+            storage.exists(storage.join(corpora_home(), name, CARD)),
+        )
+        for name in recipe_names()
+    ]
+
+
+def _module(name: str) -> Any:
+    names = recipe_names()
+    if name not in names:
+        raise ConfigError(
+            f"no corpus is called '{name}'{did_you_mean(name, names)}; corpora that can be prepared: "
+            f"{', '.join(names) or 'none'}"
+        )
+    place = recipes_root() / name / "prepare.py"
+    key = f"counterpoise_recipe_{name}"
+    spec = importlib.util.spec_from_file_location(key, place)
+    assert spec is not None and spec.loader is not None, place
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def recipe_options(name: str) -> dict[str, Any]:
+    """The options of a recipe with their defaults."""
+    parameters = inspect.signature(_module(name).prepare).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in ("out", "progress")}
+
+
+def prepare(name: str, out: str | None = None, progress: Progress | None = None, **options: Any) -> str:
+    """Make the shards and the card of a corpus; returns the folder (path or s3:// URI).
+
+    Nothing is done if `out` already holds the corpus made with the same options. The folder appears whole or not at
+    all: it is made beside its place and renamed (local), or its card is put last (s3://).
+    """
+    from counterpoise.data.shards import MANIFEST, read_manifest, write_manifest
+
+    module = _module(name)
+    defaults = recipe_options(name)
+    for key in options:
+        if key not in defaults:
+            raise ConfigError(
+                f"corpus {name} has no option '{key}'{did_you_mean(key, defaults)}; options: {', '.join(defaults)}"
+            )
+    chosen = {**defaults, **options}
+    chosen = {k: os.path.abspath(v) if k.endswith("_dir") and v else v for k, v in chosen.items()}
+    target = out or storage.join(corpora_home(), name)
+    if storage.exists(storage.join(target, CARD)):
+        manifest = read_manifest(target)
+        if manifest is not None and manifest.get("name") == name and manifest.get("options") == chosen:
+            if progress:
+                progress(1, 1, f"already prepared in {target}")
+            return target
+        raise ConfigError(
+            f"{target} already holds a corpus made in another way "
+            f"({_options(manifest)}); remove it, or give another folder"
+        )
+    if storage.is_local(target):
+        place = Path(target.removeprefix("file://")).absolute()
+        if place.exists() and any(place.iterdir()):
+            raise ConfigError(f"{target} is not empty and holds no {CARD}; remove it, or give another folder")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work = place.with_name(f".{place.name}.tmp-{uuid.uuid4().hex[:8]}")
+    else:
+        place = None
+        work = Path(tempfile.mkdtemp(prefix="counterpoise-")) / name
+    work.mkdir()
+    try:
+        shards = module.prepare(str(work), progress=progress, **chosen)
+        write_manifest(str(work), shards, name=name, options=chosen)
+        if place is not None:
+            if place.exists():
+                place.rmdir()
+            work.rename(place)
+            return target
+        names = sorted(p.name for p in work.iterdir() if p.name not in (MANIFEST, CARD))
+        for number, file in enumerate([*names, MANIFEST, CARD]):
+            storage.write_bytes(storage.join(target, file), (work / file).read_bytes())
+            if progress:
+                progress(number + 1, len(names) + 2, f"sent {file}")
+        return target
+    finally:
+        shutil.rmtree(work if place is not None else work.parent, ignore_errors=True)
+
+
+def _options(manifest: dict[str, Any] | None) -> str:
+    if manifest is None:
+        return "it has no manifest"
+    return ", ".join(f"{k} {v}" for k, v in (manifest.get("options") or {}).items())

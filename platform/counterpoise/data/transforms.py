@@ -46,9 +46,7 @@ def resized_crop(array: Array, op: ops.ResizedCrop, rng: np.random.Generator) ->
     top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
     planes = array.reshape(-1, height, width)[:, top : top + h, left : left + w]
     scaled = [
-        np.asarray(
-            Image.fromarray(np.ascontiguousarray(p)).resize((width, height), Image.Resampling.BILINEAR)
-        )
+        np.asarray(Image.fromarray(np.ascontiguousarray(p)).resize((width, height), Image.Resampling.BILINEAR))
         for p in planes
     ]
     return np.stack(scaled).reshape(array.shape)
@@ -144,14 +142,12 @@ def to_tensor(array: Array, modality: AnyModality) -> Any:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if modality.kind in ("image", "frames"):
         tensor = tensor.float().div_(255)
-        mean, std = torch.tensor(modality.preprocess.mean), torch.tensor(modality.preprocess.std)  # type: ignore[union-attr]
+        mean, std = torch.tensor(modality.preprocess.mean), torch.tensor(modality.preprocess.std)
         return tensor.sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
     return tensor
 
 
-def assemble(
-    arrays: Mapping[str, Array], labels: Array, rows: Array, modalities: Mapping[str, AnyModality]
-) -> Batch:
+def assemble(arrays: Mapping[str, Array], labels: Array, rows: Array, modalities: Mapping[str, AnyModality]) -> Batch:
     """The Batch of compact arrays [B, ...], labels [B] and row numbers [B]."""
     import torch
 

@@ -133,9 +133,7 @@ def _decode_row(raw: RawRows, decoder: Decoder, row: int) -> dict[str, np.ndarra
         return error
 
 
-def decode_unit(
-    unit: Unit, raw: RawRows, decoder: Decoder, pool: Executor | None = None
-) -> Iterator[Decoded]:
+def decode_unit(unit: Unit, raw: RawRows, decoder: Decoder, pool: Executor | None = None) -> Iterator[Decoded]:
     """The unit's pieces in order. In training a bad row is replaced by the next good one in the window's order
     (cyclic); in evaluation it is left out."""
     bad: dict[int, RowError] = {}
