@@ -39,7 +39,6 @@ from counterpoise.contracts import (
     DataError,
     Record,
     RefusedError,
-    ResourceError,
 )
 from counterpoise.engine import checkpoint
 
