@@ -262,7 +262,7 @@ def duration(seconds: float | None) -> str:
     """A time span in two units at most: 8.2s, 3m02s, 1h04m, 2d03h."""
     if seconds is None:
         return "-"
-    if seconds < 9.95:
+    if 0 < seconds < 9.95:
         return f"{seconds:.1f}s"
     whole = round(seconds)
     if whole < 60:
