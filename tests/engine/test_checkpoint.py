@@ -176,7 +176,7 @@ class Killed(BaseException):
 
 
 def kill_at(k: int, monkeypatch, torn: bool) -> list[str]:
-    """Stop before the k-th file operation of `save`; torn: within it, if it is a write. What was done."""
+    """Stop before the k-th file operation of `save`, torn: in the middle of it. Returns what was done."""
     done: list[str] = []
 
     def before(operation: str) -> None:
@@ -184,12 +184,21 @@ def kill_at(k: int, monkeypatch, torn: bool) -> list[str]:
             if not torn:
                 raise Killed
             monkeypatch.setattr(storage, "write_file", half)
+            monkeypatch.setattr(storage, "delete", half_deleted)
         done.append(operation)
 
     whole = storage.write_file
 
     def half(path, data, durable=True):
         whole(path, data[: len(data) // 2], False)
+        raise Killed
+
+    delete = storage.delete
+
+    def half_deleted(uri):
+        if not os.path.isdir(uri):
+            return delete(uri)
+        os.remove(f"{uri}/state.json")
         raise Killed
 
     monkeypatch.setattr(checkpoint, "_before", before)
@@ -217,6 +226,9 @@ def survives_kills(tmp_path, torn: bool) -> tuple[int, list[str]]:
             fallbacks: list[tuple[str, str]] = []
             found = checkpoint.latest(str(folder), lambda *said, to=fallbacks: to.append(said))
             failures += [f"{said} {where}" for said in fallbacks]
+            for there in checkpoint.committed(str(folder)):
+                if said := checkpoint.verify(f"{folder}/{there}"):
+                    failures.append(f"{said} {where}")
             if found is None or not is_whole(found) or found.state["step"] < 2:
                 failures.append(f"{found} {where}")
             save(folder, 4)
