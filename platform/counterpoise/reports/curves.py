@@ -49,7 +49,6 @@ PANEL_INCHES = (4.9, 3.1)
 class Panel:
     title: str
     draw: Callable[[FigureBase, str], None]  # what to draw on, and the colour of the ink
-    height: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Picture:
     title: str
     caption: str
     panels: tuple[Panel, ...]
+    across: int = 3  # panels beside one another in a file; a page has as many as fit
 
 
 def modality_colors(names: Sequence[str]) -> dict[str, str]:
@@ -154,47 +154,67 @@ def _growth(runs: Sequence[RunData], colors: dict[str, str], dashes: dict[str, A
     span = (min([*ratios, *lows], default=0.9), max([*ratios, *lows], default=1.1))
     margin = 0.08 * (span[1] - span[0]) or 0.05
 
-    def panel(run: RunData) -> Panel:
+    def steps(run: RunData) -> Panel:
         def draw(figure: FigureBase, ink: str) -> None:
-            if ratios:
-                upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-            else:
-                upper, lower = figure.subplots(), None
+            from matplotlib.ticker import MaxNLocator
+
+            ax: Axes = figure.subplots()
+            ends: list[int] = []
             for i, name in enumerate(run.modalities):
                 epochs, counts = classifier_steps(run, name)
+                if not epochs:
+                    continue
                 # Steps that coincide stay visible: each modality is drawn a hair above the one before.
-                raised = [n + 0.05 * i * top / 4 for n in counts]
-                upper.step(epochs, raised, where="post", color=colors[name], linestyle=dashes[name], label=name)
-                if epochs:
-                    upper.annotate(f"{counts[-1]}", (epochs[-1], raised[-1]), xytext=(5, 0), va="center",
-                                   textcoords="offset points", color=colors[name], fontweight="bold",
-                                   annotation_clip=False)  # fmt: skip
-            upper.set_ylim(0.5, top + 0.6)
-            upper.yaxis.get_major_locator().set_params(integer=True)
-            _finish(upper, run.name, "classifiers", run.num_epochs, marks=run, colors=colors)
-            if lower is None:
-                return
+                raised = [n + 0.012 * i * top for n in counts]
+                ax.step(epochs, raised, where="post", color=colors[name], linestyle=dashes[name], label=name)
+                ax.annotate(
+                    f"{counts[-1]}",
+                    (epochs[-1], counts[-1] + 0.065 * top * ends.count(counts[-1])),  # equal ends above one another
+                    xytext=(6, 0),
+                    va="center",
+                    textcoords="offset points",
+                    color=colors[name],
+                    fontweight="bold",
+                    annotation_clip=False,
+                )
+                ends.append(counts[-1])
+            _decision_marks(ax, run, colors)
+            ax.set_ylim(0, top * 1.08 + 0.2)
+            _finish(ax, run.name, "classifiers", run.num_epochs)
+            ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+        return Panel(f"{run.name}: classifiers", draw)
+
+    def causes(run: RunData) -> Panel:
+        def draw(figure: FigureBase, ink: str) -> None:
+            ax: Axes = figure.subplots()
             for name in run.modalities:
                 points = [(d["epoch"], r[name]) for d in run.decisions if name in (r := reason(d).ratios)]
                 if points:
-                    _line(lower, *zip(*points, strict=True), color=colors[name], linestyle=dashes[name], marker="o")
-            thresholds = [(d["epoch"], low) for d in run.decisions if (low := reason(d).low) is not None]
+                    epochs, values = zip(*points, strict=True)
+                    style = {"color": colors[name], "linestyle": dashes[name], "label": name}
+                    _line(ax, epochs, values, marker="o", markersize=4, **style)
+            thresholds = [low for d in run.decisions if (low := reason(d).low) is not None]
             if thresholds:
-                lower.axhline(thresholds[-1][1], color=ink, linewidth=1, linestyle=(0, (1, 1.5)))
-                lower.annotate("threshold", (1, thresholds[-1][1]), xycoords=("axes fraction", "data"), va="top",
-                               ha="right", xytext=(-2, -2), textcoords="offset points", fontsize=8)  # fmt: skip
-            lower.set_ylim(span[0] - margin, span[1] + margin)
-            _finish(lower, None, "ratio", run.num_epochs, legend=False)
-            upper.set_xlabel("")
+                ax.axhline(thresholds[-1], color=ink, linewidth=1, linestyle=(0, (1, 1.5)), label="threshold")
+            _decision_marks(ax, run, colors)
+            ax.set_ylim(span[0] - 2 * margin, span[1] + margin)
+            _finish(ax, run.name, "ratio to the others", run.num_epochs)
 
-        return Panel(run.name, draw, 1.25 if ratios else 1.0)
+        return Panel(f"{run.name}: ratios", draw)
 
+    panels = [
+        p
+        for run in runs
+        for p in (steps(run), *([causes(run)] if any(reason(d).ratios for d in run.decisions) else []))
+    ]
     return Picture(
         "growth",
         "Classifiers and what earned them",
-        "Above, classifiers per modality; below, the ratio of each modality's training score to the others' at each "
-        "decision: a modality below the threshold gets one more classifier.",
-        tuple(panel(run) for run in runs),
+        "The steps are classifiers per modality; the dots are the ratio of each modality's training score to the "
+        "others' at each decision: a modality below the threshold gets one more classifier.",
+        tuple(panels),
+        across=2,
     )
 
 
@@ -260,21 +280,15 @@ def _finish(
     title: str | None,
     label: str,
     epochs: int,
-    *,
-    legend: bool = True,
-    marks: RunData | None = None,
-    colors: dict[str, str] | None = None,
 ) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    if marks is not None:
-        _decision_marks(ax, marks, colors or {})
     ax.set_xlim(1 - 0.02 * epochs, epochs + 0.02 * epochs + (epochs == 1))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     ax.set_xlabel("epoch")
     ax.set_ylabel(label)
     handles, labels = ax.get_legend_handles_labels()
-    rows = -(-sum(len(text) + 6 for text in labels) // 64) if legend else 0  # as many as fit beside one another
+    rows = -(-sum(len(text) + 6 for text in labels) // 64)  # as many as fit beside one another
     if rows:
         ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=-(-len(handles) // rows),
                   borderaxespad=0.2, handlelength=1.9, columnspacing=1.2, handletextpad=0.5)  # fmt: skip
@@ -324,13 +338,13 @@ def _style(ink: str, salt: str) -> Iterator[None]:
         yield
 
 
-def _drawn(panels: Sequence[Panel], ink: str) -> Any:
+def _drawn(panels: Sequence[Panel], ink: str, across: int = 3) -> Any:
     from matplotlib.figure import Figure
 
-    across = min(len(panels), 3)
+    across = min(len(panels), across)
     down = -(-len(panels) // across)
     width, height = PANEL_INCHES
-    figure = Figure(figsize=(width * across, height * max(p.height for p in panels) * down), layout="constrained")
+    figure = Figure(figsize=(width * across, height * down), layout="constrained")
     if len(panels) == 1:
         panels[0].draw(figure, ink)
         return figure
@@ -340,7 +354,7 @@ def _drawn(panels: Sequence[Panel], ink: str) -> Any:
     return figure
 
 
-def svg(panels: Sequence[Panel], name: str) -> str:
+def svg(panels: Sequence[Panel], name: str, across: int = 3) -> str:
     """Panels side by side as one <svg> element whose ink is the colour of the text around it.
 
     name: unique on the page, so that ids within the element are too.
@@ -348,7 +362,7 @@ def svg(panels: Sequence[Panel], name: str) -> str:
     with _style(SVG_INK, name):
         out = io.StringIO()
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        _drawn(panels, SVG_INK).savefig(out, format="svg", metadata=metadata)
+        _drawn(panels, SVG_INK, across).savefig(out, format="svg", metadata=metadata)
     text = out.getvalue()
     text = text[text.index("<svg") :].replace(SVG_INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
@@ -363,7 +377,7 @@ def svg(panels: Sequence[Panel], name: str) -> str:
 def standalone_svg(picture: Picture) -> str:
     """The whole picture as an SVG file that follows the reader's light or dark setting."""
     style = "<style>svg{color:#30343b}@media(prefers-color-scheme:dark){svg{color:#c9ced6}}</style>"
-    text = svg(picture.panels, picture.name).replace("</title>", f"</title>\n {style}", 1)
+    text = svg(picture.panels, picture.name, picture.across).replace("</title>", f"</title>\n {style}", 1)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{text}'
 
 
@@ -371,7 +385,7 @@ def png(picture: Picture, dpi: int = 160) -> bytes:
     """The whole picture on white."""
     out = io.BytesIO()
     with _style(PNG_INK, picture.name):
-        figure = _drawn(picture.panels, PNG_INK)
+        figure = _drawn(picture.panels, PNG_INK, picture.across)
         figure.savefig(out, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return out.getvalue()
 

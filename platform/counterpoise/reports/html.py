@@ -47,7 +47,7 @@ def render(runs: Sequence[RunData], out_path: str = "report.html", title: str | 
         pictures=[_inline(picture) for picture in curves.pictures(runs)],
         runs=[_section(i, run, out_path) for i, run in enumerate(runs)],
         anchor=lambda run: f"run-{next(i for i, other in enumerate(runs) if other is run)}",
-        latest=max((str(run.manifest.get("created", "")) for run in runs), default=""),
+        latest=max((str(run.manifest.get("created", ""))[:10] for run in runs), default=""),
     )
 
 
