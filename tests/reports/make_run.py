@@ -85,7 +85,8 @@ def make_run(
     _write(place / "run.json", {
         "run": name, "created": f"2026-11-{10 + seed:02d}T09:30:00Z", "argv": ["counterpoise", "train",
         f"{corpus}.yaml",
-        "--set", f"method.name={method}"], "commit": "5716ae4c0ffee", "versions": {"python": "3.11.9",
+        "--set", f"method.name={method}"], "commit": "5716ae4c0ffee", "group": f"{corpus}/{method}/{epochs}/{settings}",
+        "versions": {"python": "3.11.9",
         "torch": "2.15.0", "counterpoise": "0.1.0"}, "seed": seed, "workers": 2, "device": "cuda",
         "data_fingerprint": "sha256:8c1d09e2", "digest": f"d{seed}{method}", "hardware": {"gpu": "NVIDIA H200",
         "cpu_cores": 16, "memory_gb": 128}})  # fmt: skip

@@ -75,6 +75,11 @@ def test_a_corpus_without_test_split_shows_valid() -> None:
     assert "aug (valid)" in text_table([one])
 
 
+def test_runs_name_their_group() -> None:
+    runs = [run("aug", seed, 0.6, 0.5, 0.4, f", lam: 0.{seed}", group="a") for seed in (1, 2)]
+    assert [len(row.finished) for row in comparison(runs).rows] == [2]
+
+
 def test_text_table() -> None:
     runs = [run("joint", 0, 0.6, 0.55, 0.3), run("aug", 0, 0.7, 0.55, 0.5, classifiers={"audio": 1, "visual": 5},
             selection="valid accuracy (fused)")]  # fmt: skip

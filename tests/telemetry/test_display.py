@@ -54,7 +54,7 @@ DECISION: dict[str, Any] = {
 def shown(*runs: Path | str, **options: Any) -> str:
     out, stop = io.StringIO(), threading.Event()
     stop.set()
-    options = {"interactive": False, "stop": stop, **options}
+    options = {"interactive": False, "stop": stop, "resuming": False, **options}
     follow([str(run) for run in runs], console=Console(file=out, width=100), **options)
     return out.getvalue()
 
@@ -88,6 +88,9 @@ def test_decision_line() -> None:
 
 def test_decision_line_without_inputs_or_modalities() -> None:
     assert decision_line({"epoch": 3, "action": "next_stage"}) == "epoch 3  next stage"
+    assert decision_line(
+        {"epoch": 3, "action": "assign_classifier", "add": [], "inputs": {"ratios": {"a": 1, "b": 1}}}
+    ) == ("epoch 3  no classifier added: ratio of a 1.000, ratio of b 1.000")
     assert decision_line({"epoch": 3, "add": ["text"]}) == "epoch 3  classifier added to text"
 
 
@@ -110,7 +113,11 @@ def test_duration(seconds: float | None, text: str) -> None:
 def test_other_lines() -> None:
     start = {"run": "a", "method": "aug", "corpus": "cremad", "seed": 0, "epochs": 1, "batches": 4, "workers": 2}
     assert start_line({**start, "device": "cpu"}) == "a: aug on cremad, seed 0, 1 epoch of 4 batches, 2 workers on cpu"
+    assert start_line({"method": "aug", "corpus": "cremad"}, "b") == "b: aug on cremad"
     assert end_line("a", "failed") == "a failed"
+    assert (
+        end_line("a", "finished", {"train": {"accuracy": {"fused": 0.5}}}) == "a finished, train accuracy fused 0.500"
+    )
     assert event_line({"kind": "event", "event": "skipped_rows", "seq": 1, "count": 2}) == "skipped rows: count 2"
 
 
@@ -209,14 +216,17 @@ def test_a_failed_run_ends_the_wait(tmp_path: Path) -> None:
     assert shown(run, stop=threading.Event(), poll_s=0.01).endswith("cremad-joint-0 failed\n")
 
 
-def test_a_resumed_run_shows_only_what_is_new(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resuming", [None, True])
+def test_a_resumed_run_shows_only_what_is_new(tmp_path: Path, resuming: bool | None) -> None:
     run = make_run(tmp_path, "joint", epochs=5, upto=2)
     status = json.loads((run / "status.json").read_text())
     (run / "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
     out, stop = io.StringIO(), threading.Event()
     console = Console(file=out, width=100)
     thread = threading.Thread(
-        target=follow, args=([str(run)],), kwargs={"stop": stop, "console": console, "resuming": True, "poll_s": 0.01}
+        target=follow,
+        args=([str(run)],),
+        kwargs={"stop": stop, "console": console, "resuming": resuming, "poll_s": 0.01},
     )
     thread.start()
     threading.Event().wait(0.1)

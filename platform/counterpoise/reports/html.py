@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -78,12 +79,14 @@ def _section(index: int, run: RunData, out_path: str) -> dict[str, Any]:
     ]
     hardware = manifest.get("hardware")
     environment = {
-        "command": " ".join(map(str, manifest.get("argv") or [])),
+        "command": _command(manifest.get("argv")),
         "commit": manifest.get("commit"),
         "versions": manifest.get("versions"),
         "hardware": hardware,
         "device": run._first("device"),
         "workers": run._first("workers"),
+        "engine": manifest.get("engine"),
+        "threads": manifest.get("threads"),
         "seed": run.seed,
         "parameters": f"{n:,}" if isinstance(n := run._first("parameters"), int) else None,
         "data fingerprint": run._first("data_fingerprint"),
@@ -96,6 +99,7 @@ def _section(index: int, run: RunData, out_path: str) -> dict[str, Any]:
         "anchor": f"run-{index}",
         "run": run,
         "link": _link(run.uri, out_path),
+        "place": storage.show(run.uri),
         "decisions": [_decision(decision) for decision in run.decisions],
         "changed": changed,
         "environment": {key: value for key, value in environment.items() if value not in (None, "", {}, [])},
@@ -103,6 +107,14 @@ def _section(index: int, run: RunData, out_path: str) -> dict[str, Any]:
         "reasons": Counter(str(row.get("reason", "unknown")) for row in run.skipped).most_common(5),
         "events": [event for event in run.events if event.get("event") != "skipped_rows"],
     }
+
+
+def _command(argv: Any) -> str | None:
+    """The command line that started the run; saved with or without the program's name."""
+    if not isinstance(argv, list) or not argv:
+        return None
+    words = [str(word) for word in argv]
+    return shlex.join(words if "counterpoise" in words[0] else ["counterpoise", *words])
 
 
 def _decision(decision: Record) -> dict[str, Any]:
@@ -140,7 +152,7 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, dict):
-        return ", ".join(f"{k} {_value(v)}" for k, v in value.items())
+        return ", ".join(f"{k} {_value(v)}" for k, v in value.items() if v is not None)
     if isinstance(value, list | tuple):
         return ", ".join(map(_value, value))
     return "none" if value is None else str(value)

@@ -43,7 +43,7 @@ class RunData:
 
     @property
     def name(self) -> str:
-        return str(self._first("run") or self.uri.rstrip("/").rsplit("/", 1)[-1])
+        return str(self._first("run") or self.manifest.get("name") or self.uri.rstrip("/").rsplit("/", 1)[-1])
 
     @property
     def method(self) -> str:
@@ -92,7 +92,9 @@ class RunData:
 
     @property
     def settings_digest(self) -> str:
-        """Equal for runs that differ only in seed and name."""
+        """Equal for runs that differ only in seed and name: the group that the run names, else from its settings."""
+        if group := self._first("group"):
+            return str(group)
         text = json.dumps(self.settings or self._first("digest", ""), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -126,9 +128,11 @@ def _json(uri: str, name: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{storage.join(uri, name)} is damaged ({error}); restore it from a copy") from error
+        raise DataError(
+            f"{storage.show(storage.join(uri, name))} is damaged ({error}); restore it from a copy"
+        ) from error
     if not isinstance(value, dict):
-        raise DataError(f"{storage.join(uri, name)} holds no JSON object; restore it from a copy")
+        raise DataError(f"{storage.show(storage.join(uri, name))} holds no JSON object; restore it from a copy")
     return value
 
 
@@ -155,7 +159,7 @@ def read_run(uri: str) -> RunData:
     manifest, records = _json(uri, "run.json"), _text(uri, "records.jsonl")
     if manifest is None and records is None:
         raise DataError(
-            f"{uri} is not a run: it has neither run.json nor records.jsonl; "
+            f"{storage.show(uri)} is not a run: it has neither run.json nor records.jsonl; "
             "give the folder that a training command named"
         )
     run = RunData(uri, manifest or {})

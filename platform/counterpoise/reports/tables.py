@@ -80,8 +80,8 @@ class Table:
                       if run.summary and run.summary.get("selection")}  # fmt: skip
         if selections:
             notes.append(f"Epoch selected by best {', '.join(sorted(selections))}.")
-        if any(row.split == "valid" for row in self.rows if row.finished):
-            notes.append("Rows marked (valid) have no test split and show the selected epoch on valid.")
+        if any(row.split != "test" for row in self.rows if row.finished):
+            notes.append("Rows marked (valid) or (train) are of a corpus without test split.")
         for row in self.rows:
             for run in row.others:
                 at = f", epoch {len(run.epochs)} of {run.num_epochs}" if run.num_epochs else ""
@@ -117,8 +117,10 @@ def group_labels(groups: Sequence[Sequence[RunData]]) -> list[str]:
 def _result(run: RunData) -> tuple[str, dict[str, Any]]:
     """The split whose numbers the table shows, and the numbers."""
     assert run.summary is not None
-    test = run.summary.get("test")
-    return ("test", test) if test else ("valid", run.summary.get("valid") or {})
+    for split in ("test", "valid", "train"):
+        if run.summary.get(split):
+            return split, run.summary[split]
+    return "test", {}
 
 
 def _values(runs: Sequence[RunData], *path: str) -> tuple[float, ...]:
@@ -147,7 +149,7 @@ def comparison(runs: Sequence[RunData]) -> Table:
         row = Row(group[0].corpus, group[0].method, label, group[0].settings_digest, done,
                   [run for run in group if not run.finished])  # fmt: skip
         splits = {_result(run)[0] for run in done}
-        row.split = "valid" if splits == {"valid"} else "test"
+        row.split = splits.pop() if len(splits) == 1 else "test"
         single = len(group[0].modalities) < 2
         row.cells = {
             FUSED: Cell(_values(done, "result", "accuracy", FUSED)),
@@ -192,7 +194,7 @@ def _mark_best(rows: Sequence[Row], columns: dict[str, tuple[str, bool | None]])
 
 
 def row_label(row: Row) -> str:
-    return row.label + (" (valid)" if row.split == "valid" and row.finished else "")
+    return row.label + (f" ({row.split})" if row.split != "test" and row.finished else "")
 
 
 def _cells(table: Table, row: Row, mark: str = "") -> list[str]:

@@ -106,6 +106,8 @@ def decision_line(record: Record) -> str:
     now = _mapping(record.get("classifiers"))
     if added:
         what = "classifier added to " + ", ".join(f"{m} ({now[m]} now)" if m in now else m for m in added)
+    elif record.get("action") == "assign_classifier":
+        what = "no classifier added"
     else:
         what = str(record.get("action") or "decision").replace("_", " ")
     return f"epoch {record.get('epoch', '?')}  {what}" + _because(inputs, added)
@@ -125,9 +127,9 @@ def _because(inputs: Mapping[str, Any], added: Sequence[str]) -> str:
     return f": {', '.join(parts)}" if parts else ""
 
 
-def start_line(record: Record) -> str:
+def start_line(record: Record, name: str = "run") -> str:
     """What is about to run, in one line."""
-    parts = [f"{record.get('run', 'run')}: {record.get('method', '?')} on {record.get('corpus', '?')}"]
+    parts = [f"{record.get('run', name)}: {record.get('method', '?')} on {record.get('corpus', '?')}"]
     if record.get("seed") is not None:
         parts.append(f"seed {record['seed']}")
     if record.get("epochs"):
@@ -141,7 +143,7 @@ def start_line(record: Record) -> str:
 def end_line(name: str, state: str, summary: Mapping[str, Any] | None = None) -> str:
     """How a run ended, in one line."""
     summary = summary or {}
-    split = "test" if _mapping(summary.get("test")) else "valid"
+    split = next((s for s in ("test", "valid", "train") if _mapping(summary.get(s))), "test")
     result = _mapping(summary.get(split))
     accuracy = _mapping(result.get("accuracy"))
     parts = [f"{name} {state}"]
@@ -233,6 +235,18 @@ class Tail:
         seconds = record.get("seconds")
         return float(seconds) * (epochs - epoch) if isinstance(seconds, int | float) else None
 
+    def skip_past(self, resuming: bool | None) -> None:
+        """Leave out what is there if the run is being resumed; None: judge by its status."""
+        status = _parsed(_read(storage.join(self.uri, "status.json")))
+        status = status if isinstance(status, dict) else {}
+        if resuming is None:
+            state, at = status.get("state"), status.get("time")
+            silent = isinstance(at, int | float) and time.time() - at > SILENT_S
+            resuming = state in ("interrupted", "failed") or (state == "running" and silent)
+        if resuming:
+            self.poll()
+            self.summary, self.stale = None, (status.get("state"), status.get("time"))
+
     def poll(self) -> list[Record]:
         """Records that came since the last call, in order; `status` is brought up to date."""
         data = _read(storage.join(self.uri, "status.json"))
@@ -304,22 +318,21 @@ def follow(
     stop: threading.Event,
     console: Console | None = None,
     interactive: bool | None = None,
-    resuming: bool = False,
+    resuming: bool | None = None,
     poll_s: float | None = None,
 ) -> None:
     """Show runs, one after the other, until all have ended or `stop` is set; then what is left to read is shown.
 
-    interactive: a bar that is updated in place; by default where stderr is a terminal and no CI. resuming: the first
-    run has a past, which is not shown again, and an end in it does not count.
+    interactive: a bar that is updated in place; by default where stderr is a terminal and no CI. resuming: what
+    the folders hold already is the past: it is not shown, and an interruption or failure in it does not count. By
+    default that is so for runs that were interrupted, have failed, or have not stirred for long.
     """
     console = console or Console(stderr=True, highlight=False)
     show: _Display = _Live(console) if _interactive(console, interactive) else _Plain(console)
     with show.opened():
         for i, uri in enumerate(runs):
             tail = Tail(uri)
-            if resuming and i == 0:
-                tail.poll()
-                tail.summary, tail.stale = None, (tail.status.get("state"), tail.status.get("time"))
+            tail.skip_past(resuming)
             pause = poll_s or (LOCAL_POLL_S if storage.is_local(uri) else REMOTE_POLL_S)
             _follow_one(tail, show, stop, pause, following=runs[i + 1 :])
 
@@ -370,11 +383,11 @@ def _show(record: Record, show: _Display) -> None:
 
 def _show_kind(record: Record, kind: Any, show: _Display) -> None:
     if kind == "start":
-        show.line(start_line(record), "bold")
+        show.line(start_line(record, show.tail.name), "bold")
     elif kind == "epoch":
         show.epoch(record)
     elif kind == "decision":
-        show.line(decision_line(record), "bold yellow")
+        show.line(decision_line(record), "bold yellow" if record.get("add") else "dim")
     elif kind == "event":
         show.line(event_line(record), "dim")
 
