@@ -1,0 +1,176 @@
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+
+from counterpoise.data import card as cards
+from counterpoise.data.decode import DecodeError, Decoder, RowError, Stats, decode_cell, mel_filters, spectrogram
+
+from .conftest import image_bytes, wav_bytes
+
+AUDIO = cards.AudioModality(
+    kind="audio", column="a", preprocess=cards.AudioPreprocess(sample_rate=8000, seconds=0.2, n_fft=128, hop_length=100)
+)
+IMAGE = cards.ImageModality(kind="image", column="i", preprocess=cards.ImagePreprocess(size=(8, 8), channels=1))
+FRAMES = cards.FramesModality(
+    kind="frames", column="f", preprocess=cards.FramesPreprocess(size=(4, 4), num_frames=4, channels=3)
+)
+TEXT = cards.TextModality(kind="text", column="t", preprocess=cards.TextPreprocess(max_length=4, vocabulary=10))
+VECTOR = cards.VectorModality(kind="vector", column="v")
+SERIES = cards.SeriesModality(kind="series", column="s", preprocess=cards.SeriesPreprocess(shape=(3, 2)))
+
+RNG = np.random.default_rng(0)
+WAVE = 0.3 * np.sin(np.arange(1600) / 3)
+WAV = wav_bytes(WAVE)
+PNG = image_bytes(RNG.integers(0, 255, (40, 40), dtype=np.uint8))
+JPEG = image_bytes(RNG.integers(0, 255, (40, 40), dtype=np.uint8), "JPEG")
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+def encoded(samples, rate, kind):
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=kind, subtype="FLOAT" if kind == "WAV" else None)
+    return buffer.getvalue()
+
+
+FLAC = encoded(WAVE, 8000, "FLAC")
+
+
+def png_of(width, height):
+    """A PNG whose header promises a size; there are no such pixels in it."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+@pytest.mark.parametrize(
+    ("modality", "value", "reason"),
+    [
+        (AUDIO, None, "missing"),
+        (AUDIO, b"", "empty"),
+        (AUDIO, "text", "str instead of encoded bytes"),
+        (AUDIO, LFS, "git-LFS pointer"),
+        (AUDIO, WAV[: len(WAV) // 2], "cut short: WAV of 3200 data bytes, 1578 present"),
+        (AUDIO, WAV[:44], "cut short: WAV of 3200 data bytes, 0 present"),
+        (AUDIO, WAV[:30], "cut short: WAV without data"),
+        (AUDIO, wav_bytes(np.zeros(0)), "WAV without samples"),
+        (AUDIO, FLAC[: len(FLAC) // 2], "not decodable|cut short"),
+        (AUDIO, PNG, "not WAV, FLAC or Ogg: begins with"),
+        (AUDIO, encoded(np.full(1600, np.nan), 8000, "WAV"), "NaN or infinite samples"),
+        (AUDIO, wav_bytes(np.zeros(70_000), 100), "700 s long; at most 600 s"),
+        (IMAGE, PNG[:-300], "not decodable"),
+        (IMAGE, JPEG[: len(JPEG) * 6 // 10], "not decodable: image file is truncated"),
+        (IMAGE, PNG[:20], "not decodable"),
+        (IMAGE, LFS, "git-LFS pointer"),
+        (IMAGE, b"GIF89a", "not PNG or JPEG: begins with"),
+        (IMAGE, png_of(10_000, 10_000), "10000 x 10000 pixels; at most 50 million"),
+        (FRAMES, [], "no frames"),
+        (FRAMES, b"x", "bytes instead of a list"),
+        (FRAMES, [JPEG, JPEG[:300]], "frame 1: not decodable"),
+        (FRAMES, [JPEG, None], "frame 1: missing"),
+        (TEXT, b"\xff\xfe caf", "not UTF-8: invalid start byte at byte 0"),
+        (TEXT, " ... ", "no words"),
+        (TEXT, LFS, "git-LFS pointer"),
+        (VECTOR, [1.0, float("nan")], "missing, NaN or infinite"),
+        (VECTOR, [1.0, None], "missing, NaN or infinite"),
+        (VECTOR, [], "an empty list"),
+        (VECTOR, [1e300], "too large for float32"),
+        (VECTOR, "abc", "not a"),
+        (SERIES, [1.0] * 5, "5 numbers instead of 3 x 2"),
+    ],
+)
+def test_what_cannot_be_decoded_says_why(modality, value, reason):
+    with pytest.raises(DecodeError, match=reason):
+        decode_cell(value, modality)
+
+
+def test_vectors_have_the_length_of_the_train_split():
+    with pytest.raises(DecodeError, match="2 numbers instead of 3"):
+        decode_cell([1.0, 2.0], VECTOR, Stats((3,)))
+
+
+def test_a_declared_encoding_is_held_to():
+    flac_only = AUDIO.model_copy(update={"encoding": "flac"})
+    assert decode_cell(FLAC, flac_only).shape == (1, 65, 17)
+    with pytest.raises(DecodeError, match="not flac: begins with b'RIFF'"):
+        decode_cell(WAV, flac_only)
+
+
+def test_a_wav_from_a_pipe_has_no_length_and_is_read():
+    piped = bytearray(WAV)
+    piped[40:44] = b"\xff\xff\xff\xff"
+    assert np.array_equal(decode_cell(bytes(piped), AUDIO), decode_cell(WAV, AUDIO))
+
+
+def test_spectrograms_are_those_of_torch():
+    import torch
+
+    settings = cards.AudioPreprocess()
+    wave = (0.1 * RNG.standard_normal(settings.num_samples)).astype(np.float32)
+    expected = torch.stft(
+        torch.from_numpy(wave), 512, 353, window=torch.hann_window(512), center=True, return_complex=True
+    )
+    found = spectrogram(wave, settings)
+    assert found.shape == (1, 257, 188) and found.dtype == np.float32
+    assert np.allclose(np.exp(found[0]), expected.abs().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_short_clips_are_repeated_or_padded():
+    half = wav_bytes(WAVE[:800])
+    repeated = wav_bytes(np.tile(WAVE[:800], 2))
+    padded = wav_bytes(np.pad(WAVE[:800], (0, 800)))
+    zero = AUDIO.model_copy(update={"preprocess": AUDIO.preprocess.model_copy(update={"fill": "zero"})})
+    assert np.array_equal(decode_cell(half, AUDIO), decode_cell(repeated, AUDIO))
+    assert np.array_equal(decode_cell(half, zero), decode_cell(padded, AUDIO))
+    assert np.array_equal(decode_cell(wav_bytes(np.tile(WAVE, 3)), AUDIO), decode_cell(WAV, AUDIO))
+
+
+def test_other_rates_and_stereo_become_the_cards():
+    doubled = encoded(np.stack([np.repeat(WAVE, 2)] * 2, axis=1), 16000, "WAV")
+    assert decode_cell(doubled, AUDIO).shape == decode_cell(WAV, AUDIO).shape
+
+
+def test_every_mel_band_has_a_bin():
+    filters = mel_filters(65, 60, 8000)
+    assert filters.shape == (60, 65)
+    assert (filters.max(axis=1) > 0).all() and filters.min() >= 0
+
+
+def test_images_are_scaled_and_keep_their_bytes():
+    pixels = RNG.integers(0, 255, (8, 8), dtype=np.uint8)
+    assert np.array_equal(decode_cell(image_bytes(pixels), IMAGE)[0], pixels)
+    deep = image_bytes(pixels.astype(np.uint16) * 257)
+    assert np.array_equal(decode_cell(deep, IMAGE)[0], pixels)
+    rgb = IMAGE.model_copy(update={"preprocess": cards.ImagePreprocess(size=(5, 6), channels=3)})
+    assert decode_cell(JPEG, rgb).shape == (3, 5, 6)
+
+
+def test_frames_are_evenly_spaced():
+    images = [image_bytes(np.full((4, 4, 3), v, dtype=np.uint8)) for v in range(7)]
+    assert decode_cell(images, FRAMES)[:, 0, 0, 0].tolist() == [0, 2, 4, 6]
+    assert decode_cell(images[:2], FRAMES)[:, 0, 0, 0].tolist() == [0, 0, 1, 1]
+
+
+def test_words_are_hashed_alike_everywhere():
+    tokens = decode_cell("Red RED, blue!", TEXT)
+    assert tokens.tolist() == [1 + zlib.crc32(b"red") % 9] * 2 + [1 + zlib.crc32(b"blue") % 9, 0]
+    assert decode_cell("a b c d e f", TEXT).min() >= 1
+
+
+def test_numbers_are_standardised():
+    stats = Stats((2,), (1.0, 10.0), (2.0, 1.0))
+    assert decode_cell([3.0, 10.0], VECTOR, stats).tolist() == [1.0, 0.0]
+    series = decode_cell(np.arange(6), SERIES, Stats((3, 2), (0.0, 1.0), (1.0, 2.0)))
+    assert series.tolist() == [[0, 0], [2, 1], [4, 2]]
+
+
+def test_a_row_names_the_modality_that_failed():
+    decoder = Decoder({"audio": AUDIO, "image": IMAGE}, {})
+    with pytest.raises(RowError) as error, warnings.catch_warnings():
+        decoder({"audio": WAV, "image": b""})
+    assert (error.value.modality, error.value.reason) == ("image", "empty")
