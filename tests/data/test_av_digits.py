@@ -61,6 +61,13 @@ def test_the_same_seed_gives_the_same_bytes(small, tmp_path):
     assert content(other)["test-00000-of-00001.parquet"] != content(small)["test-00000-of-00001.parquet"]
 
 
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    prepare("av_digits", str(tmp_path / "out"), train=10, valid=10, test=10)
+    assert load_card(str(tmp_path / "out")).name == "av_digits"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_prepared_corpus_is_kept(small):
     before = content(small)
     said = []
@@ -78,6 +85,8 @@ def test_wrong_names_and_options_are_named(tmp_path):
         prepare("av_digits", str(tmp_path / "x"), sed=1)
     with pytest.raises(ConfigError, match="train is 5; give at least 10"):
         prepare("av_digits", str(tmp_path / "x"), train=5)
+    with pytest.raises(ConfigError, match="option train of corpus av_digits is 'many'; give an int"):
+        prepare("av_digits", str(tmp_path / "x"), train="many")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
     with pytest.raises(ConfigError, match="is not empty"):

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class SplitIndex:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def group_starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.group_sizes)])
 

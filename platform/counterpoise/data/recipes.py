@@ -99,6 +99,9 @@ def prepare(name: str, out: str | None = None, progress: Progress | None = None,
             raise ConfigError(
                 f"corpus {name} has no option '{key}'{did_you_mean(key, defaults)}; options: {', '.join(defaults)}"
             )
+        default = defaults[key]
+        if isinstance(default, int) and (type(options[key]) is not type(default)):
+            raise ConfigError(f"option {key} of corpus {name} is {options[key]!r}; give an {type(default).__name__}")
     chosen = {**defaults, **options}
     chosen = {k: os.path.abspath(v) if k.endswith("_dir") and v else v for k, v in chosen.items()}
     target = out or storage.join(corpora_home(), name)
@@ -126,9 +129,9 @@ def prepare(name: str, out: str | None = None, progress: Progress | None = None,
         shards = module.prepare(str(work), progress=progress, **chosen)
         write_manifest(str(work), shards, name=name, options=chosen)
         if place is not None:
-            if place.exists():
-                place.rmdir()
-            work.rename(place)
+            if (place / CARD).is_file():  # another process was faster
+                return target
+            work.rename(place)  # an empty folder gives way
             return target
         names = sorted(p.name for p in work.iterdir() if p.name not in (MANIFEST, CARD))
         for number, file in enumerate([*names, MANIFEST, CARD]):
