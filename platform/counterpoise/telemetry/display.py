@@ -477,6 +477,7 @@ class _Live(_Display):
             redirect_stderr=console.file is sys.stderr,
         )
         self._header_due = True
+        self._shown: tuple[Any, ...] | None = None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -499,10 +500,18 @@ class _Live(_Display):
         self._print(epoch_line(record, epochs=epochs, modalities=modalities, left_s=left, labels=False))
 
     def refresh(self) -> None:
+        shown = (self.tail.uri, self.tail.status, self.tail.last)
+        if shown == self._shown and self.tail.state not in (
+            "absent",
+            "created",
+        ):  # leave the terminal alone, e.g. while somebody selects text
+            return
+        self._shown = shown
         with suppress(TypeError, ValueError):  # a status that makes no sense; the next one may
             self._live.update(self._panel(), refresh=True)
 
     def finish(self, text: str | None) -> None:
+        self._shown = None
         self._live.update(Text(""), refresh=True)
         super().finish(text)
 
@@ -517,9 +526,9 @@ class _Live(_Display):
         waiting = tail.state in ("absent", "created")
         count = "starting" if waiting else f"epoch {epoch}/{epochs}"
         left = "" if waiting else f"{duration(status.get('eta_s'))} left"
-        name = Text(tail.name, "bold")
+        name, method = Text(tail.name, "bold"), str(status.get("method") or tail.start.get("method") or "")
         bar.add_row(
-            name.append(f" {status.get('method') or tail.start.get('method') or ''}", "not bold"),
+            name if method in tail.name else name.append(f" {method}", "not bold"),
             ProgressBar(total=max(epochs * batches, 1), completed=min(done, epochs * batches), pulse=waiting),
             count,
             left,
