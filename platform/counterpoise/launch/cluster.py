@@ -1,0 +1,188 @@
+"""The Ray cluster a command uses: one that is running already, or a small one of its own that goes when it ends.
+
+Start-up is import cost times processes, so a cluster of our own runs no process it can do without. It listens on
+loopback, keeps its files in a folder of its own, and its processes neither see a Ctrl-C typed at the terminal nor
+outlive this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from counterpoise.contracts import ResourceError
+
+# What Ray reads from the environment; what the user has set stays.
+_ALWAYS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon the end of the workers is noticed (2 s by default)
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # ours come from the run folder
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in workers
+    "RAY_DATA_USE_DATASOURCE_V2": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+_OWN = {
+    "RAY_AUTH_MODE": "disabled",  # a throw-away cluster on loopback
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "OMP_NUM_THREADS": "1",
+}
+_PREFIX = "counterpoise-ray-"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """own: it was started for this command and may be trimmed. folder: where Ray keeps its own files."""
+
+    own: bool
+    folder: str
+    cpus: float
+    gpus: float
+
+
+@contextlib.contextmanager
+def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose: bool = False) -> Iterator[Cluster]:
+    """A connection to Ray for the time of the block.
+
+    tasks: CPUs beside those of the workers, in a cluster of our own. They are scheduling counts, not cores.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    folder = None if address else _new_folder()
+    quiet = contextlib.nullcontext() if verbose else _quiet()
+    with _environment(own=address is None), quiet:
+        import ray
+
+        if ray.is_initialized():
+            yield _facts(ray, own=False, folder=tempfile.gettempdir())
+            return
+        level = logging.INFO if verbose else logging.CRITICAL
+        options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level}
+        if address:
+            options |= {"address": address, "runtime_env": _code()}
+        else:
+            options |= {
+                "address": "local",
+                "num_cpus": workers + tasks,
+                "include_dashboard": False,
+                "dashboard_host": "127.0.0.1",
+                "object_store_memory": _object_store_bytes(),
+                "_temp_dir": folder,
+            }
+        try:
+            with _signals_kept():
+                ray.init(**options)
+        except Exception as error:  # Ray raises many kinds here
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            wish = f"connect to the Ray cluster at {address}" if address else "start Ray on this machine"
+            raise ResourceError(f"cannot {wish}: {text}") from None
+        try:
+            yield _facts(ray, own=address is None, folder=folder or tempfile.gettempdir())
+        finally:
+            with _ignored_errors():
+                ray.shutdown()
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _facts(ray: Any, own: bool, folder: str) -> Cluster:
+    resources = ray.cluster_resources()
+    return Cluster(own, folder, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+
+
+def _object_store_bytes() -> int:
+    """A quarter of the memory, 256 MiB to 4 GiB, and not more than /dev/shm has left."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError):
+        total = min(total, 4 * int(shutil.disk_usage("/dev/shm").free * 0.9))
+    return max(256 * 2**20, min(4 * 2**30, total // 4))
+
+
+def _code() -> dict[str, Any] | None:
+    """How workers of a running cluster come by this package: as a job's environment, an image, or sent from here."""
+    package = Path(__file__).resolve().parents[1]
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "site-packages" in package.parts:
+        return None
+    return {"py_modules": [str(package)]}
+
+
+def _new_folder() -> str:
+    """A folder for Ray's logs and sockets. Those of processes that were killed are removed on the way."""
+    root = Path(tempfile.gettempdir())
+    if len(str(root)) > 30:  # socket names have 107 bytes
+        root = Path("/tmp")
+    for old in root.glob(f"{_PREFIX}*"):
+        match = re.match(rf"{_PREFIX}(\d+)-", old.name)
+        if match and not Path(f"/proc/{match[1]}").exists() and os.path.isdir("/proc/self"):
+            shutil.rmtree(old, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=root)
+
+
+@contextlib.contextmanager
+def _environment(own: bool) -> Iterator[None]:
+    """Ray's settings in the environment while it runs. Credentials (AWS_*) reach its processes by inheritance."""
+    wanted = {**_ALWAYS, **(_OWN if own else {})}
+    before = {name: os.environ.get(name) for name in (*wanted, "PYTHONDONTWRITEBYTECODE")}
+    os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
+    if own:
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process compiles everything
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray puts its own handler on SIGTERM, which would end the process without a checkpoint; put back the old."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and no log lines of libraries on the terminal."""
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.train", "ray.data", "ray.tune", "torch")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _ignored_errors() -> Iterator[None]:
+    """Errors while the cluster is taken down are of no use to anybody."""
+    try:
+        yield
+    except Exception:
+        logging.getLogger(__name__).debug("while leaving Ray", exc_info=True)
