@@ -71,7 +71,8 @@ class Experiment(_Section):
 
     corpus: str = Field(description="name of a prepared corpus, or path or URI of a card")
     modalities: dict[str, EncoderConfig] = Field(
-        {}, description="encoder per modality; empty: every modality of the card with the usual encoder of its kind"
+        {},
+        description="encoder per modality; empty: every modality of the card with the usual encoder of its kind",
     )
     method: Any = Field(description="name and settings of the method")
     optim: Optim = Optim()
@@ -79,10 +80,12 @@ class Experiment(_Section):
     epochs: int = Field(20, gt=0)
     seed: int = Field(0, ge=0)
     batch_norm: Literal["sync", "local"] = Field(
-        "sync", description="statistics of the global batch (any number of workers gives the same), or of each worker"
+        "sync",
+        description="statistics of the global batch (any number of workers gives the same), or of each worker",
     )
     select: Literal["best_valid", "last"] = Field(
-        "best_valid", description="the epoch that is tested: best fused accuracy on valid (the first of equals), or the last"
+        "best_valid",
+        description="the epoch that is tested: best fused accuracy on valid (the first of equals), or the last",
     )
     data: DataOptions = DataOptions()
 
@@ -155,8 +158,10 @@ def _digest(data: Any) -> str:
 
 def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
     hint = get_close_matches(name, known, 1)
-    return f"unknown {what} {name!r}" + (f", did you mean {hint[0]!r}?" if hint else "") + (
-        f" (known: {', '.join(sorted(known))})"
+    return (
+        f"unknown {what} {name!r}"
+        + (f", did you mean {hint[0]!r}?" if hint else "")
+        + (f" (known: {', '.join(sorted(known))})")
     )
 
 

@@ -99,9 +99,7 @@ class Predictions:
 
     def metrics(self, modalities: tuple[str, ...]) -> dict[str, Any]:
         """accuracy, map and macro_f1 by name, and the gap between modalities."""
-        by_name = {
-            name: classification_metrics(self.logits[name], self.labels) for name in ("fused", *modalities)
-        }
+        by_name = {name: classification_metrics(self.logits[name], self.labels) for name in ("fused", *modalities)}
         table: dict[str, Any] = {
             metric: {name: values[metric] for name, values in by_name.items()}
             for metric in ("accuracy", "map", "macro_f1")
@@ -142,3 +140,16 @@ def predict(
     rows = np.flatnonzero(counts)
     labels = np.asarray(data.labels(split))[rows]
     return Predictions(rows, labels, {n: t.cpu().numpy()[rows] for n, t in tables.items()})
+
+
+def prediction_columns(found: Predictions, data: DataSource, split: str) -> dict[str, Any]:
+    """Columns of predictions.parquet: one row per sample, logits of the fused and every single prediction."""
+    ids = data.sample_ids(split)
+    columns: dict[str, Any] = {
+        "sample_id": [ids[row] for row in found.rows],
+        "label": found.labels,
+        "prediction": found.logits["fused"].argmax(axis=1),
+    }
+    for name in ("fused", *data.modalities):
+        columns[f"logits_{name}"] = list(found.logits[name])
+    return columns

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,16 @@ from counterpoise.contracts import (
     SplitStats,
     Step,
 )
-from counterpoise.engine.evaluate import Accumulator, Predictions, evaluate, predict, predictions, split_stats, to_device
+from counterpoise.engine import checkpoint
+from counterpoise.engine.evaluate import (
+    Accumulator,
+    evaluate,
+    predict,
+    prediction_columns,
+    predictions,
+    split_stats,
+    to_device,
+)
 from counterpoise.engine.optim import (
     build_optimizer,
     learning_rate,
@@ -43,37 +52,15 @@ from counterpoise.engine.optim import (
     optimizer_state,
     set_learning_rate,
 )
+from counterpoise.engine.run import RunFolder
 from counterpoise.functional import accuracy_gap, derived_seed
 from counterpoise.methods import METHODS, Method, Setting
 from counterpoise.models.encoders import DEFAULT_ENCODERS, EncoderConfig
 from counterpoise.models.network import MultimodalNet, build_network
 from counterpoise.models.norm import GlobalBatchNorm, has_batch_norm, synchronise_batch_norm
+from counterpoise.storage import join
 
 CONTROL_INTERVAL_S = 0.7  # how often workers agree on whether to stop or to write a checkpoint
-
-
-class Place(Protocol):
-    """Where a run keeps what it leaves behind. Only rank 0 has one."""
-
-    def record(self, record: Record) -> None: ...
-
-    def num_records(self) -> int: ...
-
-    def truncate_records(self, count: int) -> None: ...
-
-    def status(self, status: Mapping[str, Any], force: bool = False) -> None: ...
-
-    def ledger(self, rows: list[dict[str, Any]]) -> None: ...
-
-    def stop_requested(self) -> str | None: ...
-
-    def save(self, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None: ...
-
-    def save_best(self, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None: ...
-
-    def latest(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None: ...
-
-    def best(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None: ...
 
 
 @dataclass(frozen=True)
@@ -96,6 +83,7 @@ class Progress:
     history: list[EpochStats] = field(default_factory=list)
     decisions: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
+    best_name: str = ""  # of its checkpoint
     best_accuracy: float = -1.0
     samples: int = 0
     train_s: float = 0.0
@@ -143,20 +131,23 @@ class Trainer:
     """One worker's part of one run."""
 
     def __init__(
-        self, experiment: Experiment, data: DataSource, comm: Comm, place: Place | None, options: RunOptions
+        self,
+        experiment: Experiment,
+        data: DataSource,
+        comm: Comm,
+        folder: RunFolder | None,
+        options: RunOptions,
     ) -> None:
-        assert (place is not None) == (comm.rank == 0), "rank 0, and only rank 0, has a place to write to"
+        assert (folder is not None) == (comm.rank == 0), "rank 0, and only rank 0, writes to the run folder"
         self.experiment = experiment
         self.data = data
         self.comm = comm
-        self.place = place
+        self.folder = folder
         self.options = options
         self.device = torch.device(options.device)
         self.method = make_method(experiment, data, comm)
         self.net = make_network(experiment, data, self.method)
-        self.local_statistics = (
-            comm.world > 1 and experiment.batch_norm == "local" and has_batch_norm(self.net)
-        )
+        self.local_statistics = comm.world > 1 and experiment.batch_norm == "local" and has_batch_norm(self.net)
         if comm.world > 1 and experiment.batch_norm == "sync":
             synchronise_batch_norm(self.net, comm)
         self.net.to(self.device)
@@ -166,6 +157,7 @@ class Trainer:
         self.progress = Progress()
         self.sums = Accumulator(self.device)
         self.rng = torch.Generator()
+        self._fallbacks: list[tuple[str, str]] = []
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self._loss_names: list[str] = []
         self._control_in = 1
@@ -184,9 +176,7 @@ class Trainer:
             seed = derived_seed(self.experiment.seed, "step", progress.step, index)
             self.rng.manual_seed(seed)
             torch.manual_seed(derived_seed(seed, self.comm.rank))  # dropout and the like: per worker
-            step = Step(
-                progress.epoch, progress.batch, progress.step, phase, size, len(labels) / size, self.rng
-            )
+            step = Step(progress.epoch, progress.batch, progress.step, phase, size, len(labels) / size, self.rng)
             self.optimizer.zero_grad(set_to_none=not self.experiment.optim.legacy_zero_grad_step)
             out = self.method.forward(self.net, batch, step)
             losses = self.method.losses(out, batch, step)
@@ -226,9 +216,7 @@ class Trainer:
             culprits = [f"weights of the {name} encoder" for name in broken]
             raise NonFiniteLossError(self._non_finite_text(["loss"], "", culprits, int(self.bad_step)))
 
-    def _non_finite_text(
-        self, names: list[str], phase: str, culprits: list[Any], step: int | None = None
-    ) -> str:
+    def _non_finite_text(self, names: list[str], phase: str, culprits: list[Any], step: int | None = None) -> str:
         found = next((c for c in culprits if c), None)
         where = f"epoch {self.progress.epoch}, step {self.progress.step if step is None else step}"
         return (
@@ -271,17 +259,13 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         progress = self.progress
-        set_learning_rate(
-            self.optimizer, learning_rate(self.experiment.optim, progress.epoch, self.experiment.epochs)
-        )
+        set_learning_rate(self.optimizer, learning_rate(self.experiment.optim, progress.epoch, self.experiment.epochs))
         if progress.batch == 0:
             progress.epoch_start = (progress.train_s, progress.data_wait_s)
             self.sums = Accumulator(self.device)
             self.method.begin_epoch(self.net, progress.epoch)
         self.net.train()
         num_batches = len(self.bounds) - 1
-        if progress.batch == num_batches:
-            return
         batches = iter(self.data.train_batches(progress.epoch, progress.batch))
         clock = time.perf_counter()
         for raw in batches:
@@ -345,8 +329,7 @@ class Trainer:
             "kind": "epoch",
             "epoch": progress.epoch,
             "lr": learning_rate(self.experiment.optim, progress.epoch, self.experiment.epochs),
-            "train": _split_record(train)
-            | {"losses": {k: v / max(train.samples, 1) for k, v in train.losses.items()}},
+            "train": _split_record(train) | {"losses": {k: v / max(train.samples, 1) for k, v in train.losses.items()}},
             "valid": _split_record(valid) if valid else None,
             "gap": accuracy_gap((valid or train).accuracy),
             "classifiers": self.method.num_classifiers(self.net),
@@ -368,8 +351,8 @@ class Trainer:
             if row["sample_id"] not in known:
                 known.append(row["sample_id"])
                 new.append(row)
-        if new and self.place is not None:
-            self.place.ledger(new)
+        if new and self.folder is not None:
+            self.folder.append_ledger(new)
             self._record({"kind": "event", "event": "skipped_rows", "count": len(new), "first": new[0]})
 
     def _check_count(self, split: str, samples: int) -> None:
@@ -388,10 +371,10 @@ class Trainer:
             return
         self._check_finite()
         message = None
-        if self.place is not None:
+        if self.folder is not None:
             now = time.monotonic()
             per_batch = (now - self._session_start) / max(self._batches_here, 1)
-            stop = (self.options.stop() if self.options.stop else None) or self.place.stop_requested()
+            stop = (self.options.stop() if self.options.stop else None) or self.folder.stop_requested()
             message = {
                 "stop": stop,
                 "save": bool(stop) or force_save or now - self._last_save >= self.options.checkpoint_every_s,
@@ -415,16 +398,17 @@ class Trainer:
         return {"epoch": self.progress.epoch, "batch": self.progress.batch, "step": self.progress.step}
 
     def _record(self, record: Record) -> None:
-        if self.place is not None:
-            self.place.record(record)
+        if self.folder is not None:
+            self.folder.append(record)
 
     def _status(self, state: str = "running", force: bool = False) -> None:
-        if self.place is None:
+        if self.folder is None:
             return
         progress, num_batches = self.progress, len(self.bounds) - 1
         elapsed = time.monotonic() - self._session_start
         left = num_batches * self.experiment.epochs - progress.step
-        self.place.status(
+        losses = [value for name, value in self.sums.state().items() if name.startswith("loss/")]
+        self.folder.write_status(
             {
                 "state": state,
                 "method": self.experiment.method_name,
@@ -432,6 +416,7 @@ class Trainer:
                 "epochs": self.experiment.epochs,
                 "batch": progress.batch,
                 "batches": num_batches,
+                "loss": sum(losses) / self.bounds[progress.batch] if losses else None,
                 "samples_per_s": progress.samples / progress.train_s if progress.train_s else None,
                 "eta_s": elapsed / self._batches_here * left if self._batches_here else None,
                 "workers": self.comm.world,
@@ -449,14 +434,14 @@ class Trainer:
             "sums": [],
             "architecture": self.net.head.architecture(),
             "method": self.method.state_dict(),
-            "num_records": self.place.num_records() if self.place else 0,
+            "num_records": self.folder.num_records if self.folder else 0,
         }
 
     def _save(self) -> None:
         """A complete checkpoint of this moment, written by rank 0."""
         sums = self.comm.gather(self.sums.state())
         buffers = self.comm.gather(_float_buffers(self.net)) if self.local_statistics else None
-        if self.place is None:
+        if self.folder is None:
             return
         tensors = {
             "model": dict(self.net.state_dict()),
@@ -464,30 +449,33 @@ class Trainer:
         }
         for rank, values in enumerate(buffers or []):
             tensors[f"statistics-{rank}"] = values
-        self.place.save(f"step-{self.progress.step:08d}", tensors, self._state() | {"sums": sums})
+        name = f"step-{self.progress.step:08d}"
+        checkpoint.save(self.folder.checkpoints, name, tensors, self._state() | {"sums": sums})
         self._last_save = time.monotonic()
 
     def _save_best(self) -> None:
-        if self.place is not None:
+        if self.folder is not None:
             state = {
                 "format": 1,
                 "epoch": self.progress.epoch,
                 "architecture": self.net.head.architecture(),
                 "classifiers": self.method.num_classifiers(self.net),
             }
-            self.place.save_best(
-                f"epoch-{self.progress.epoch:05d}", {"model": dict(self.net.state_dict())}, state
-            )
+            name, model = f"epoch-{self.progress.epoch:05d}", dict(self.net.state_dict())
+            place = checkpoint.save(self.folder.best, name, {"model": model}, state, keep=3)
+            self.progress.best_name = place.rstrip("/").rsplit("/", 1)[-1]
 
     def _restore(self) -> bool:
         """Continue from the last good checkpoint, if there is one."""
-        loaded = self.place.latest() if self.place is not None else None
-        shared = share_checkpoint(loaded, self.comm)
-        if shared is None:
-            if self.place is not None:
-                self.place.truncate_records(0)
+        found = None
+        if self.folder is not None:
+            found = checkpoint.latest(self.folder.checkpoints, self._report_fallback)
+        found = self.comm.broadcast(found)  # other machines need no access to the folder
+        if found is None:
+            if self.folder is not None:
+                self.folder.truncate_records(0)
             return False
-        tensors, state = shared
+        tensors, state = found.tensors, found.state
         self.net.head.restore(state["architecture"])
         self.net.load_state_dict(tensors["model"])
         load_optimizer_state(self.optimizer, self.net, tensors["optimizer"])
@@ -499,25 +487,28 @@ class Trainer:
                 self.net.load_state_dict(tensors[f"statistics-{self.comm.rank}"], strict=False)
         else:
             self.sums.load(_merge_sums(state["sums"], self.comm.rank))
-        if self.place is not None:
-            self.place.truncate_records(state["num_records"])
+        if self.folder is not None:
+            self.folder.truncate_records(state["num_records"])
+            for name, reason in self._fallbacks:
+                self._record({"kind": "event", "event": "checkpoint_fallback", "name": name, "reason": reason})
             self._record({"kind": "event", "event": "resumed", **self._where(), "workers": self.comm.world})
         return True
 
+    def _report_fallback(self, name: str, reason: str) -> None:
+        self._fallbacks.append((name, reason))
+
     def _finish(self) -> dict[str, Any] | None:
-        loaded = self.place.best() if self.place is not None else None
-        shared = share_checkpoint(loaded, self.comm)
-        assert shared is not None, "every run has a best epoch"
-        tensors, state = shared
-        self.net.head.restore(state["architecture"])
-        self.net.load_state_dict(tensors["model"])
+        found_best = None
+        if self.folder is not None:
+            found_best = checkpoint.load(join(self.folder.best, self.progress.best_name))
+        state = load_model(self.net, self.comm.broadcast(found_best))
         split = "test" if self.data.num_samples("test") else "valid" if self.data.num_samples("valid") else "train"
         found = predict(self.net, self.method, self.data, split, self.comm, self.device)
         self._collect_skipped()
-        if self.place is None:
+        if self.folder is None:
             return None
         self._check_count(split, len(found.rows))
-        self._predictions(found, split)
+        self.folder.write_predictions(prediction_columns(found, self.data, split))
         best = next(h for h in self.progress.history if h.epoch == state["epoch"])
         chosen = best.valid
         wall = self.progress.wall_s + time.monotonic() - self._session_start
@@ -551,17 +542,6 @@ class Trainer:
             summary["valid"] = {"accuracy": chosen.accuracy, "gap": accuracy_gap(chosen.accuracy)}
         self._record({"kind": "end", "summary": summary})
         return summary
-
-    def _predictions(self, found: Predictions, split: str) -> None:
-        ids = self.data.sample_ids(split)
-        columns: dict[str, Any] = {
-            "sample_id": [ids[row] for row in found.rows],
-            "label": found.labels,
-            "prediction": found.logits["fused"].argmax(axis=1),
-        }
-        for name in ("fused", *self.data.modalities):
-            columns[f"logits_{name}"] = list(found.logits[name])
-        self.predictions_table = columns
 
 
 def _split_record(stats: SplitStats) -> dict[str, Any]:
@@ -622,8 +602,8 @@ def average_statistics(net: nn.Module, comm: Comm) -> None:
         buffers[name].copy_(comm.sum(buffers[name]) / comm.world)
 
 
-def share_checkpoint(
-    loaded: tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None, comm: Comm
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """Rank 0's checkpoint on every rank; other machines need no access to its folder."""
-    return comm.broadcast(loaded)
+def load_model(net: MultimodalNet, best: checkpoint.Checkpoint) -> dict[str, Any]:
+    """Bring the network into the state of a best-epoch checkpoint; what the checkpoint says about itself."""
+    net.head.restore(best.state["architecture"])
+    net.load_state_dict(best.tensors["model"])
+    return best.state

@@ -25,9 +25,7 @@ def learning_rate(optim: Optim, epoch: int, epochs: int) -> float:
     return optim.lr
 
 
-def build_optimizer(
-    optim: Optim, net: nn.Module, scales: Mapping[nn.Parameter, float]
-) -> torch.optim.Optimizer:
+def build_optimizer(optim: Optim, net: nn.Module, scales: Mapping[nn.Parameter, float]) -> torch.optim.Optimizer:
     """One parameter group per learning-rate factor. Parameters that never get a gradient cost and change nothing."""
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in net.parameters():
@@ -58,9 +56,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[st
     }
 
 
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, net: nn.Module, saved: Mapping[str, Tensor]
-) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module, saved: Mapping[str, Tensor]) -> None:
     parameters = dict(net.named_parameters())
     for key, value in saved.items():
         entry, name = key.split(":", 1)

@@ -134,38 +134,53 @@ class Objectives(MethodConfig):
 class AUGConfig(MethodConfig):
     hidden: int = Field(256, gt=0, description="width of Layer1 (released code)")
     lam: float = Field(
-        0.5, ge=0, le=1, description="residual coefficient; 0.5 in the final code, 0.2 in its first upload; the paper searches 0.1-1"
+        0.5,
+        ge=0,
+        le=1,
+        description="residual coefficient; 0.5 in the final code, 0.2 in its first upload; paper: search 0.1-1",
     )
     residual: Literal["cumulative", "sum_of_probabilities"] = Field(
-        "cumulative", description="residual label: released code's form, or as printed in the paper (clamped at 0)"
+        "cumulative",
+        description="residual label: released code's form, or as printed in the paper (clamped at 0)",
     )
     objectives: Objectives = Field(Objectives(), description="terms of Eq. 5")
     assign: Literal["adaptive", "fixed"] = Field("adaptive", description="ACA, or `classifiers` from the start")
     classifiers: dict[str, int] = Field(
-        {}, description="classifiers per modality at the start; 1 for those not named (Table 5: 10 or 12 for the weak one)"
+        {},
+        description="classifiers per modality at the start; 1 for those not named (Table 5: 10 or 12 for the weak one)",
     )
     check_every: int | None = Field(
         None, gt=0, description="t_N in epochs; default epochs // 10 as in the released code, at least 1"
     )
     sigma: float | None = Field(
-        None, gt=0, description="balanced ratio; default 1.0 for two modalities (paper), 0.8 for more (released: share < 0.4 of 3)"
+        None,
+        gt=0,
+        description="balanced ratio; default 1.0 for two modalities (paper), 0.8 for more (released: share < 0.4 of 3)",
     )
     tau: float | None = Field(
-        None, ge=0, description="dead zone around sigma; default 0.01 for two modalities (paper), 0 for more (released)"
+        None,
+        ge=0,
+        description="dead zone around sigma; default 0.01 for two modalities (paper), 0 for more (released)",
     )
     policy: Literal["weakest_only", "all_below"] | None = Field(
-        None, description="who gets a classifier; default weakest_only for two modalities, all_below for more (released)"
+        None,
+        description="who gets a classifier; default weakest_only for two modalities, all_below for more (released)",
     )
     weights: Literal["none", "fixed", "learned"] = Field(
-        "none", description="weight of classifiers 2, 3, ..: 1, `weight`, or a network's (first version of the paper)"
+        "none",
+        description="weight of classifiers 2, 3, ..: 1, `weight`, or a network's (first version of the paper)",
     )
     weight: float = Field(0.5, gt=0, description="the fixed weight (Table 6: 0.75, 0.5, 0.25)")
     train_new_classifiers: bool = Field(
-        True, description="train classifiers that ACA adds (paper's text); false: frozen, as the released code does by mistake"
+        True,
+        description="train classifiers that ACA adds (paper's text); false: frozen, as the released code does by mistake",
     )
-    new_classifiers: Literal["xavier", "zero"] = Field("xavier", description="start of Layer1 of added classifiers (released: xavier)")
+    new_classifiers: Literal["xavier", "zero"] = Field(
+        "xavier", description="start of Layer1 of added classifiers (released: xavier)"
+    )
     fusion_weights: dict[str, float] = Field(
-        {}, description="alpha_m of the prediction; default 1/M each (released: audio 0.4, video 0.6 on CREMA-D and Kinetics-Sounds)"
+        {},
+        description="alpha_m of the prediction; default 1/M each (released: audio 0.4, video 0.6 on CREMA-D and Kinetics-Sounds)",
     )
 
 
@@ -292,9 +307,7 @@ class AUG(Method[AUGConfig]):
             self._epoch_scores, self._batches = list(state["epoch_scores"]), int(state["batches"])
 
 
-def confidence_state(
-    batch: Sequence[float], epoch: Sequence[float], index: int
-) -> tuple[list[float], list[float]]:
+def confidence_state(batch: Sequence[float], epoch: Sequence[float], index: int) -> tuple[list[float], list[float]]:
     """The state q_m of the weight network after batch `index` (0-based) of an epoch, and its target.
 
     batch, epoch: scores S_m summed over this batch and over the epoch so far, this batch included.

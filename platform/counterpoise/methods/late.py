@@ -1,6 +1,6 @@
 """Late fusion without interaction: every modality has its own loss.
 
-    L = sum_m CE(z_m, y),   prediction: sum_m z_m
+L = sum_m CE(z_m, y),   prediction: sum_m z_m
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ An encoder is a function (InputSpec, config) -> module with an attribute `width`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,28 +91,42 @@ def _norm(kind: str, channels: int, dimensions: int) -> nn.Module:
 
 
 class CNN(nn.Module):
-    """Blocks of convolution, normalisation, ReLU and halving, then the mean over positions. 1-d or 2-d."""
+    """Blocks of convolution, normalisation, ReLU and halving; then one Linear over the small map that is left.
 
-    def __init__(self, inputs: int, channels: tuple[int, ...], width: int, norm: str, dimensions: int) -> None:
+    Over the map, not over its mean: where in time and frequency something happens is what a short sound is known by.
+    size: positions of the input, (F, T), (H, W) or (T,). 1-d or 2-d by its length.
+    """
+
+    def __init__(self, inputs: int, size: tuple[int, ...], channels: tuple[int, ...], width: int, norm: str) -> None:
         super().__init__()
-        convolution: Any = nn.Conv2d if dimensions == 2 else nn.Conv1d
-        pool: Any = nn.MaxPool2d if dimensions == 2 else nn.MaxPool1d
+        flat = len(size) == 1
+        convolution: Any = nn.Conv1d if flat else nn.Conv2d
+        pool: Any = nn.MaxPool1d if flat else nn.MaxPool2d
         layers: list[nn.Module] = []
-        for index, outputs in enumerate(channels):
-            bias = norm == "none"
-            layers += [convolution(inputs, outputs, 3, padding=1, bias=bias), _norm(norm, outputs, dimensions)]
-            layers += [nn.ReLU(inplace=True)]
-            if index < len(channels) - 1:
-                layers.append(pool(2, ceil_mode=True))
+        for outputs in channels:
+            layers += [
+                convolution(inputs, outputs, 3, padding=1, bias=norm == "none"),
+                _norm(norm, outputs, len(size)),
+                nn.ReLU(inplace=True),
+                pool(2, ceil_mode=True),
+            ]
             inputs = outputs
+            size = tuple(-(-side // 2) for side in size)
         self.blocks = nn.Sequential(*layers)
-        self.project = nn.Identity() if width == inputs else nn.Linear(inputs, width)
+        self.project = nn.Sequential(nn.Flatten(), nn.Linear(inputs * math.prod(size), width), nn.ReLU())
         self.width = width
-        self.dimensions = dimensions
+        self.flat = flat
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.blocks(x if self.dimensions == 2 else x.transpose(1, 2))
-        return self.project(maps.flatten(2).mean(dim=2))
+        return self.project(self.blocks(x.transpose(1, 2) if self.flat else x))
+
+
+def _block_channels(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Three blocks, and more of the last kind until the map is at most 8 positions wide."""
+    channels = [16, 32, 64]
+    while max(size) > 8 * 2 ** len(channels):
+        channels.append(64)
+    return tuple(channels)
 
 
 class MLP(nn.Module):
@@ -120,7 +135,12 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, hidden: int, width: int, dropout: float) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.ReLU()
+            nn.Flatten(),
+            nn.Linear(inputs, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, width),
+            nn.ReLU(),
         )
         self.width = width
 
@@ -157,17 +177,17 @@ def _resnet18(spec: InputSpec, config: EncoderConfig) -> nn.Module:
 def _cnn(spec: InputSpec, config: EncoderConfig) -> nn.Module:
     if spec.kind not in ("audio", "image", "frames"):
         raise ConfigError(f"encoder cnn takes audio, image or frames, not {spec.kind}")
-    channels = config.channels or (16, 32, 64, 128)
-    width = config.width or channels[-1]
-    network = CNN(spec.shape[-3], channels, width, config.norm or "group", dimensions=2)
+    size, width = spec.shape[-2:], config.width or 128
+    network = CNN(spec.shape[-3], size, config.channels or _block_channels(size), width, config.norm or "group")
     return Frames(network, width) if spec.kind == "frames" else network
 
 
 def _conv1d(spec: InputSpec, config: EncoderConfig) -> nn.Module:
     if spec.kind != "series":
         raise ConfigError(f"encoder conv1d takes a series, not {spec.kind}")
-    channels = config.channels or (32, 64, 128)
-    return CNN(spec.shape[1], channels, config.width or channels[-1], config.norm or "group", dimensions=1)
+    size = spec.shape[:1]
+    channels = config.channels or _block_channels(size)
+    return CNN(spec.shape[1], size, channels, config.width or 128, config.norm or "group")
 
 
 def _mlp(spec: InputSpec, config: EncoderConfig) -> nn.Module:

@@ -1,0 +1,365 @@
+"""counterpoise: train, evaluate, compare. Every command imports only what it needs, so help and errors come at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from counterpoise import __version__
+from counterpoise.contracts import ConfigError, CounterpoiseError
+
+app = typer.Typer(
+    name="counterpoise",
+    help="Balanced multimodal learning: train AUG and its rivals, from a laptop to a Ray cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+corpora = typer.Typer(help="List, prepare and check corpora.", no_args_is_help=True)
+app.add_typer(corpora, name="corpora")
+methods = typer.Typer(help="List the methods and show their settings.", no_args_is_help=True)
+app.add_typer(methods, name="methods")
+bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Runs = Annotated[
+    str, typer.Option("--runs", help="Folder or s3:// prefix that holds runs.", envvar="COUNTERPOISE_RUNS")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and torch say, and tracebacks.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Change a value of the experiment, e.g. optim.lr=0.05. Repeatable."
+    ),
+]
+
+
+def say(text: str = "") -> None:
+    """A line for people, on standard error; standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    experiment: Annotated[
+        str | None, typer.Argument(help="Experiment file (YAML). Left out with --resume: the run's own.")
+    ] = None,
+    sets: Sets = None,
+    engine: Annotated[str, typer.Option(help="local: this process; ray: Ray Train and Ray Data.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Workers that share every batch.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="torch threads per worker.", show_default="cores / workers")
+    ] = None,
+    runs: Runs = "runs",
+    name: Annotated[str | None, typer.Option(help="Name of the run.", show_default="corpus-method-seed-time")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run --name from its last checkpoint.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="With --resume: a value that may differ from before. Repeatable."),
+    ] = None,
+    checkpoint_every: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Longest time between checkpoints.")
+    ] = 60,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use.", show_default="start one here")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check config, data and resources; print what would run.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train one experiment and test it."""
+    from counterpoise.config import read_yaml, resolve
+    from counterpoise.start import Settings, check_same_data, make_job, new_run, preview, reopen, run_jobs
+
+    _choice("--engine", engine, ("local", "ray"))
+    settings = Settings(engine, workers, device, threads, checkpoint_every, address, verbose=verbose)
+    given = read_yaml(experiment) if experiment else None
+    if resume:
+        if name is None:
+            raise ConfigError("--resume needs the --name of the run to continue")
+        folder, resolved, changes = reopen(runs, name, given, experiment or name, sets or [], allow_change or [])
+        seen = preview(resolved, settings)
+        check_same_data(folder, seen)
+        for change in changes:
+            say(f"changed  {change}")
+    else:
+        if given is None:
+            raise ConfigError("name an experiment file, e.g. counterpoise train trainables/experiments/av_digits.yaml")
+        resolved, provenance = resolve(given, sets or [], str(experiment))
+        seen = preview(resolved, settings)
+    for line in seen.lines():
+        say(line)
+    if dry_run:
+        say("dry run: everything that could be checked is in order; nothing was started")
+        return
+    if not resume:
+        folder = new_run(seen, provenance, runs, name, sys.argv[1:])
+    say(f"run         {folder.uri}")
+    summaries = run_jobs([make_job(seen, folder, resume)], seen.settings)
+    _print_results([folder.uri], summaries)
+
+
+def _print_results(uris: Sequence[str], summaries: Sequence[dict[str, Any]]) -> None:
+    from counterpoise.reports.records import read_run
+    from counterpoise.reports.tables import text_table
+
+    say()
+    print(text_table([read_run(uri) for uri in uris]))
+    for summary in summaries:
+        if skipped := (summary.get("test") or {}).get("skipped"):
+            say(f"{summary['run']}: {skipped} test rows could not be decoded and are left out, see ledger.jsonl")
+
+
+@app.command()
+def demo(
+    workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 2,
+    engine: Annotated[str, typer.Option(help="ray or local.")] = "ray",
+    epochs: Annotated[
+        int | None, typer.Option(min=2, help="Epochs of each run.", show_default="as the experiment says")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    runs: Runs = "runs",
+    verbose: Verbose = False,
+) -> None:
+    """Prepare a small real corpus, train plain joint learning and AUG on it, and compare them in a report."""
+    from counterpoise.demo import run_demo
+
+    _choice("--engine", engine, ("local", "ray"))
+    run_demo(engine=engine, workers=workers, epochs=epochs, seed=seed, runs=runs, verbose=verbose)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="Run folder.")],
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    corpus: Annotated[str | None, typer.Option(help="Another corpus with the same modalities and classes.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Evaluate the selected epoch of a finished run on a split, and save the predictions."""
+    from counterpoise.engine.again import evaluate_run
+
+    _choice("--split", split, ("train", "valid", "test"))
+    result = evaluate_run(run, split, corpus, device)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    print(
+        f"{result['run']}, epoch {result['epoch']}, {result['split']} of {result['corpus']}: {result['samples']} samples"
+    )
+    names = list(result["accuracy"])
+    width = max(map(len, names))
+    print(f"{'':{width}}  accuracy     mAP  macro-F1")
+    for name in names:
+        print(
+            f"{name:{width}}  {result['accuracy'][name]:8.4f}  {result['map'][name]:6.4f}  {result['macro_f1'][name]:8.4f}"
+        )
+    if len(names) > 2:
+        print(f"gap between modalities {result['gap']:.4f}")
+    if result["skipped"]:
+        say(f"{result['skipped']} rows could not be decoded and are left out")
+    say(f"predictions in {result['predictions']}")
+
+
+@app.command()
+def report(
+    run: Annotated[list[str], typer.Argument(help="Run folders, or folders that hold runs.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="HTML file to write.")] = "report.html",
+    pictures: Annotated[str | None, typer.Option(help="Also write the pictures as PNG and SVG to this folder.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+) -> None:
+    """Compare runs: a table here, and one self-contained HTML page with pictures."""
+    from counterpoise.engine.run import list_runs
+    from counterpoise.reports.html import write_report
+    from counterpoise.reports.records import read_run
+    from counterpoise.reports.tables import text_table
+    from counterpoise.storage import exists, join
+
+    uris: list[str] = []
+    for place in run:
+        inside = [] if exists(join(place, "run.json")) else [folder.uri for folder in list_runs(place)]
+        uris += inside or [place]
+    read = [read_run(uri) for uri in uris]
+    print(text_table(read))
+    say(f"report in {write_report(uris, out, title)}")
+    if pictures:
+        from counterpoise.reports.curves import write_pictures
+
+        for path in write_pictures(read, pictures):
+            say(f"picture in {path}")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: packages, devices, Ray, disk, storage. Every problem comes with its remedy."""
+    from counterpoise.doctor import examine, render
+
+    findings = examine()
+    print(json.dumps([f.to_json() for f in findings], indent=2) if as_json else render(findings))
+    if any(f.level == "problem" for f in findings):
+        raise typer.Exit(4)
+
+
+@corpora.command("list")
+def corpora_list(as_json: Json = False) -> None:
+    """Corpora that can be prepared, and those that are."""
+    from counterpoise.data.card import corpora_home, prepared_corpora
+    from counterpoise.data.recipes import recipes
+
+    known = recipes()
+    rows = [
+        {"name": r.name, "prepared": r.prepared, "modalities": list(r.card.modalities), "title": r.card.title}
+        for r in known
+    ]
+    rows += [
+        {"name": name, "prepared": True, "modalities": [], "title": ""}
+        for name in prepared_corpora()
+        if name not in {r.name for r in known}
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    width = max([len(str(row["name"])) for row in rows], default=4)
+    for row in rows:
+        state = "prepared" if row["prepared"] else "not prepared"
+        print(f"{row['name']:{width}}  {state:12}  {row['title']}")
+    say(f"prepared corpora lie in {corpora_home()}; a card anywhere works too: corpora check PATH")
+
+
+@corpora.command("prepare")
+def corpora_prepare(
+    name: Annotated[str, typer.Argument(help="A corpus of `corpora list`.")],
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Folder or s3:// prefix.", show_default="corpora home")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="Option of the recipe, e.g. seed=1. Repeatable."),
+    ] = None,
+) -> None:
+    """Make the shards and the card of a corpus."""
+    from counterpoise.config import parse_set
+    from counterpoise.data.recipes import prepare
+    from counterpoise.telemetry.progress import progress
+
+    with progress(f"preparing {name}") as callback:
+        place = prepare(name, out, progress=callback, **dict(parse_set(o) for o in option or []))
+    say(f"corpus {name} is in {place}")
+
+
+@corpora.command("check")
+def corpora_check(
+    place: Annotated[str, typer.Argument(help="Name of a prepared corpus, or path or URI of a card.")],
+    as_json: Json = False,
+) -> None:
+    """Read and decode every row; report counts, duplicates, overlaps and what cannot be decoded."""
+    from counterpoise.data.card import load_card
+    from counterpoise.data.check import check_corpus
+    from counterpoise.telemetry.progress import progress
+
+    with progress(f"checking {place}") as callback:
+        found = check_corpus(load_card(place), progress=callback)
+    print(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(found.lines()))
+    if found.errors:
+        raise typer.Exit(3)
+
+
+@methods.command("list")
+def methods_list() -> None:
+    """Methods that an experiment can name."""
+    from counterpoise.methods import METHODS
+
+    width = max(map(len, METHODS))
+    for name, method in METHODS.items():
+        print(f"{name:{width}}  {(method.__doc__ or '').splitlines()[0]}")
+
+
+@methods.command("show")
+def methods_show(name: Annotated[str, typer.Argument(help="A method of `methods list`.")]) -> None:
+    """The formula of a method and its settings with defaults."""
+    from difflib import get_close_matches
+
+    from counterpoise.methods import METHODS
+
+    if name not in METHODS:
+        hint = get_close_matches(name, METHODS, 1)
+        raise ConfigError(
+            f"unknown method {name!r}"
+            + (f", did you mean {hint[0]!r}?" if hint else "")
+            + f" (known: {', '.join(METHODS)})"
+        )
+    method = METHODS[name]
+    print((sys.modules[method.__module__].__doc__ or "").strip())
+    print("\nsettings")
+    for key, field in method.Config.model_fields.items():
+        default = "required" if field.is_required() else repr(field.default)
+        print(f"  {key} = {default}\n      {field.description or ''}")
+
+
+@bench.command("step")
+def bench_step(
+    encoder: Annotated[str, typer.Option(help="Encoder of both modalities.")] = "resnet18",
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    size: Annotated[int, typer.Option(min=8, help="Side of the square inputs, in pixels or bins.")] = 112,
+    classifiers: Annotated[
+        list[int] | None, typer.Option(help="Classifiers of the weak modality. Repeatable.", show_default="1 and 11")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3)] = 20,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time of AUG's step as a ratio to forward and backward of the encoders alone, alternating in one process."""
+    from counterpoise.bench import render, step_ratio
+
+    result = step_ratio(encoder, batch_size, size, tuple(classifiers or (1, 11)), rounds, threads, device)
+    print(json.dumps(result, indent=2) if as_json else render(result))
+
+
+def _choice(flag: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        from difflib import get_close_matches
+
+        hint = get_close_matches(value, allowed, 1)
+        raise ConfigError(
+            f"{flag} is {value!r}" + (f", did you mean {hint[0]!r}?" if hint else "") + f"; choose {', '.join(allowed)}"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: one clear message and an exit code instead of a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in arguments or "-v" in arguments
+    try:
+        app(arguments, standalone_mode=True)
+    except CounterpoiseError as error:
+        if verbose:
+            raise
+        say(f"counterpoise: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say("counterpoise: interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

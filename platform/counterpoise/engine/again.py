@@ -1,0 +1,61 @@
+"""Looking at a finished run again: its best epoch on any split, or on another corpus."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from counterpoise.config import parse_yaml, resolve
+from counterpoise.contracts import DataError
+from counterpoise.engine import checkpoint
+from counterpoise.engine.comm import SingleComm
+from counterpoise.engine.evaluate import predict, prediction_columns
+from counterpoise.engine.job import open_data
+from counterpoise.engine.loop import load_model, make_method, make_network
+from counterpoise.engine.run import RunFolder
+
+
+def evaluate_run(run: str, split: str = "test", corpus: str | None = None, device: str = "auto") -> dict[str, Any]:
+    """Metrics of the selected epoch of a run on a split; predictions go to evaluation-<corpus>-<split>.parquet.
+
+    corpus: another corpus that has the run's modalities and classes; default: the run's own.
+    """
+    folder = RunFolder.open(run)
+    experiment, _ = resolve(parse_yaml(folder.experiment_text, folder.at("experiment.yaml")))
+    if corpus is not None:
+        experiment = experiment.model_copy(update={"corpus": corpus})
+    best = checkpoint.latest(folder.best)
+    if best is None:
+        raise DataError(f"run {folder.name} has no finished epoch yet")
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    comm = SingleComm()
+    data = open_data(experiment, state=folder.manifest.get("preprocessing"))
+    try:
+        if not data.num_samples(split):
+            raise DataError(f"corpus {experiment.corpus} has no {split} split")
+        method = make_method(experiment, data, comm)
+        net = make_network(experiment, data, method)
+        state = load_model(net, best)
+        net.to(place)
+        found = predict(net, method, data, split, comm, place)
+        columns = prediction_columns(found, data, split)
+        metrics = found.metrics(tuple(data.modalities))
+        skipped = data.num_samples(split) - len(found.rows)
+    finally:
+        data.close()
+    name = f"evaluation-{split}" + (f"-{data.fingerprint[:8]}" if corpus is not None else "")
+    folder.write_predictions(columns, f"{name}.parquet")
+    result = {
+        "run": folder.name,
+        "corpus": experiment.corpus,
+        "split": split,
+        "epoch": state["epoch"],
+        "samples": len(found.rows),
+        "skipped": skipped,
+        **metrics,
+        "data_fingerprint": data.fingerprint,
+        "predictions": folder.at(f"{name}.parquet"),
+    }
+    folder.write_json(f"{name}.json", result)
+    return result

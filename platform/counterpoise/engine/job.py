@@ -1,0 +1,105 @@
+"""From an experiment and a run folder to a finished run: what every worker executes, whoever started it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from counterpoise.config import Experiment
+from counterpoise.contracts import Comm, CounterpoiseError, DataSource, Interrupted
+from counterpoise.data.card import load_card
+from counterpoise.data.loader import LocalData
+from counterpoise.engine.loop import RunOptions, Trainer
+from counterpoise.engine.run import RunFolder
+from counterpoise.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be done; plain data, so that it can travel to a worker."""
+
+    experiment: dict[str, Any]
+    run: str  # URI of a run folder that exists
+    resume: bool = False
+    checkpoint_every_s: float = 60.0
+    threads: int = 1  # torch threads of one worker; part of what makes bits equal
+    device: str = "cpu"
+    data: dict[str, Any] = field(default_factory=dict)  # preprocessing state, as the starting process found it
+
+
+OpenData = Callable[..., DataSource]
+
+
+def open_data(
+    experiment: Experiment,
+    rank: int = 0,
+    world: int = 1,
+    state: dict[str, Any] | None = None,
+    kind: OpenData = LocalData,
+    **more: Any,
+) -> DataSource:
+    """The corpus of an experiment as one worker sees it, limited to the modalities that are trained."""
+    card = load_card(experiment.corpus)
+    names = list(card.select(list(experiment.modalities) or None))
+    used = METHODS[experiment.method_name].uses(experiment.method, names)
+    return kind(
+        card,
+        used,
+        batch_size=experiment.batch_size,
+        seed=experiment.seed,
+        rank=rank,
+        world=world,
+        options=experiment.data,
+        state=state,
+        **more,
+    )
+
+
+def execute(
+    job: Job,
+    comm: Comm,
+    *,
+    stop: Callable[[], str | None] | None = None,
+    data: DataSource | None = None,
+) -> dict[str, Any] | None:
+    """Train, test and leave a finished run folder; the summary, on rank 0.
+
+    data: an open corpus to use (it is not closed); otherwise this worker opens and closes its own.
+    """
+    torch.set_num_threads(job.threads)
+    if job.device.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    experiment = Experiment(**job.experiment)
+    folder = RunFolder.open(job.run) if comm.rank == 0 else None
+    if folder is not None:
+        folder.acquire()
+        folder.clear_stop()
+    opened = data if data is not None else open_data(experiment, comm.rank, comm.world, job.data)
+    try:
+        options = RunOptions(job.device, job.checkpoint_every_s, job.resume, stop)
+        summary = Trainer(experiment, opened, comm, folder, options).run()
+        if folder is not None and summary is not None:
+            summary = {"run": folder.name, **summary}
+            folder.write_json("summary.json", summary)
+            folder.write_status({"state": "finished", "method": experiment.method_name}, force=True)
+            folder.seal()
+        return summary
+    except Interrupted:
+        raise
+    except Exception as error:
+        if folder is not None:
+            text = str(error) if isinstance(error, CounterpoiseError) else f"{type(error).__name__}: {error}"
+            folder.append({"kind": "event", "event": "failed", "error": text})
+            folder.write_status({"state": "failed", "error": text}, force=True)
+        raise
+    finally:
+        if data is None:
+            opened.close()
+        if folder is not None:
+            folder.release()
