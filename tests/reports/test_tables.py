@@ -91,7 +91,7 @@ def test_text_table() -> None:
         "\n"
         "Epoch selected by best valid accuracy (fused).\n"
         "Runs of joint: joint-0\n"
-        "Runs of aug: aug-0\n"
+        "Runs of aug: aug-0"
     )
 
 

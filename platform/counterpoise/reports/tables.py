@@ -221,7 +221,7 @@ def _grid(table: Table, mark: str = "") -> tuple[list[str], list[list[str]]]:
 
 
 def text_table(runs: Sequence[RunData]) -> str:
-    """The comparison as aligned plain text, with the notes below it."""
+    """The comparison as aligned plain text, with the notes below it; no newline at the end."""
     table = comparison(runs)
     headings, rows = _grid(table)
     widths = [max(len(line[i]) for line in [headings, *rows]) for i in range(len(headings))]
@@ -232,8 +232,9 @@ def text_table(runs: Sequence[RunData]) -> str:
         return "  ".join(padded).rstrip()
 
     lines = [line(headings), line(["-" * w for w in widths]), *(line(row) for row in rows)]
-    sources = [f"{row_label(row)}: {', '.join(row.runs)}" for row in table.rows if row.runs]
-    return "\n".join([*lines, "", *table.notes, *(f"Runs of {source}" for source in sources)]) + "\n"
+    sources = [f"{row_label(row)}: {', '.join(row.runs)}" for row in table.rows if row.runs not in ([], [row.label])]
+    notes = [*table.notes, *(f"Runs of {source}" for source in sources)]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
 def _markdown_safe(text: str) -> str:

@@ -537,6 +537,8 @@ class _Live(_Display):
 
     def _numbers(self, status: Mapping[str, Any]) -> Text:
         last, text = self.tail.last, Text(no_wrap=True, overflow="ellipsis")
+        if not last and status.get("loss") is None:
+            return text
         text.append(f"loss {_number(status.get('loss'))}")
         accuracy, classifiers = _accuracy(last), _mapping(last.get("classifiers"))
         text.append(f"  {FUSED} {_number(accuracy.get(FUSED))}", "bold")
