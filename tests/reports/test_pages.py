@@ -49,6 +49,13 @@ def test_names_with_markup_dollars_and_foreign_letters_are_drawn(tmp_path: Path,
         assert png(picture).startswith(b"\x89PNG")
 
 
+def test_far_ratios_have_a_logarithmic_axis(tmp_path: Path, make_run: Make) -> None:
+    run = read_run(str(make_run(tmp_path, "aug", epochs=4)))
+    run.decisions[0]["inputs"]["ratios"] = {"audio": 6.5, "visual": 0.154}
+    growth = next(picture for picture in pictures([run]) if picture.name == "growth")
+    assert [f">{tick}</text>" in svg(growth.panels, "a", 2) for tick in ("0.2", "0.5", "1", "2", "5")] == [True] * 5
+
+
 def test_colors_belong_to_names() -> None:
     assert modality_colors(["visual", "audio"])["audio"] == modality_colors(["audio", "lidar"])["audio"]
     assert len(set(modality_colors([f"m{i}" for i in range(5)]).values())) == 5

@@ -152,7 +152,6 @@ def _growth(runs: Sequence[RunData], colors: dict[str, str], dashes: dict[str, A
     ratios = [r for run in runs for d in run.decisions for r in reason(d).ratios.values()]
     lows = [low for run in runs for d in run.decisions if (low := reason(d).low) is not None]
     span = (min([*ratios, *lows], default=0.9), max([*ratios, *lows], default=1.1))
-    margin = 0.08 * (span[1] - span[0]) or 0.05
 
     def steps(run: RunData) -> Panel:
         def draw(figure: FigureBase, ink: str) -> None:
@@ -198,7 +197,7 @@ def _growth(runs: Sequence[RunData], colors: dict[str, str], dashes: dict[str, A
             if thresholds:
                 ax.axhline(thresholds[-1], color=ink, linewidth=1, linestyle=(0, (1, 1.5)), label="threshold")
             _decision_marks(ax, run, colors)
-            ax.set_ylim(span[0] - 2 * margin, span[1] + margin)
+            _ratio_axis(ax, *span)
             _finish(ax, run.name, "ratio to the others", run.num_epochs)
 
         return Panel(f"{run.name}: ratios", draw)
@@ -216,6 +215,21 @@ def _growth(runs: Sequence[RunData], colors: dict[str, str], dashes: dict[str, A
         tuple(panels),
         across=2,
     )
+
+
+def _ratio_axis(ax: Axes, low: float, high: float) -> None:
+    """Linear for ratios near one another, else logarithmic: 1/4 is as far from balance as 4."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    if low <= 0 or high / low <= 3:
+        margin = 0.08 * (high - low) or 0.05
+        ax.set_ylim(low - 2 * margin, high + margin)
+        return
+    ax.set_yscale("log")
+    ax.set_ylim(low / (high / low) ** 0.16, high * (high / low) ** 0.08)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _over_epochs(

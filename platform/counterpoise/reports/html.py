@@ -75,7 +75,7 @@ def _section(index: int, run: RunData, out_path: str) -> dict[str, Any]:
     changed = [
         (key, entry.get("value"), entry.get("origin", "?"))
         for key, entry in sorted(run.provenance.items())
-        if isinstance(entry, dict) and entry.get("origin") != "default"
+        if isinstance(entry, dict) and entry.get("origin") != "default" and entry.get("value") is not None
     ]
     hardware = manifest.get("hardware")
     environment = {
