@@ -301,7 +301,7 @@ def run_jobs(jobs: Sequence[Job], settings: Settings, *, show: bool = True) -> l
 
             return run_local(jobs, settings.workers, stop)
     except Interrupted as error:
-        error.exit_code = stop.exit_code  # type: ignore[misc]
+        error.exit_code = stop.exit_code
         raise
     finally:
         done.set()

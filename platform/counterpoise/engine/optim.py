@@ -47,7 +47,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tensor]:
     """{"<entry>:<parameter name>": tensor}. By name, so that no order of groups can mix moments up."""
-    names = {parameter: name for name, parameter in net.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in net.named_parameters()}
     return {
         f"{entry}:{names[parameter]}": value
         for parameter, state in optimizer.state.items()

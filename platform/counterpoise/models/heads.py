@@ -69,7 +69,7 @@ class SumHead(Head):
     def forward(self, features: dict[str, Tensor]) -> Outputs:
         unimodal = {name: self.linears[name](u) for name, u in features.items()}
         complete = len(unimodal) == len(self.modalities)
-        return Outputs(features, unimodal, sum(unimodal[m] for m in self.modalities) if complete else None)  # type: ignore[arg-type]
+        return Outputs(features, unimodal, sum(unimodal[m] for m in self.modalities) if complete else None)
 
 
 class BoostedHead(Head):
@@ -129,7 +129,7 @@ class BoostedHead(Head):
         self.register_buffer("confidence", torch.zeros(len(widths)))
 
     def capacity(self, modality: str) -> int:
-        return len(self.layer1_weight[modality])  # type: ignore[arg-type]
+        return len(_layers(self.layer1_weight, modality))
 
     def grow(self, modality: str) -> None:
         """Switch on the next classifier of a modality."""
@@ -147,8 +147,8 @@ class BoostedHead(Head):
     def stack(self, modality: str, features: Tensor) -> Tensor:
         """Logits of every active classifier of a modality [B, n, K]."""
         count = self.num_classifiers[modality]
-        weight = torch.cat(list(self.layer1_weight[modality])[:count])  # type: ignore[arg-type]
-        bias = torch.cat(list(self.layer1_bias[modality])[:count])  # type: ignore[arg-type]
+        weight = torch.cat(list(_layers(self.layer1_weight, modality))[:count])
+        bias = torch.cat(list(_layers(self.layer1_bias, modality))[:count])
         hidden = torch.relu(F.linear(features, weight, bias)).view(len(features), count, self.hidden)
         return self.layer2(hidden)
 
@@ -167,6 +167,12 @@ class BoostedHead(Head):
 
     def restore(self, architecture: Mapping[str, Any]) -> None:
         self.num_classifiers = {name: int(architecture["num_classifiers"][name]) for name in self.modalities}
+
+
+def _layers(bank: nn.ModuleDict, modality: str) -> nn.ParameterList:
+    layers = bank[modality]
+    assert isinstance(layers, nn.ParameterList)
+    return layers
 
 
 def cumulative_logits(stack: Tensor, weight: Tensor | float, upto: int | None = None) -> Tensor:
