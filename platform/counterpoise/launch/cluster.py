@@ -54,21 +54,24 @@ class Cluster:
     gpus: float
 
 
+_open: list[Cluster] = []
+
+
 @contextlib.contextmanager
 def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose: bool = False) -> Iterator[Cluster]:
-    """A connection to Ray for the time of the block.
+    """A connection to Ray for the time of the block. Inside another such block it is the same one.
 
     tasks: CPUs beside those of the workers, in a cluster of our own. They are scheduling counts, not cores.
     """
+    if _open:
+        yield _open[-1]
+        return
     address = address or os.environ.get("RAY_ADDRESS") or None
     folder = None if address else _new_folder()
     quiet = contextlib.nullcontext() if verbose else _quiet()
     with _environment(own=address is None), quiet:
         import ray
 
-        if ray.is_initialized():
-            yield _facts(ray, own=False, folder=tempfile.gettempdir())
-            return
         level = logging.INFO if verbose else logging.CRITICAL
         options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level}
         if address:
@@ -90,8 +93,10 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
             wish = f"connect to the Ray cluster at {address}" if address else "start Ray on this machine"
             raise ResourceError(f"cannot {wish}: {text}") from None
         try:
-            yield _facts(ray, own=address is None, folder=folder or tempfile.gettempdir())
+            _open.append(_facts(ray, own=address is None, folder=folder or tempfile.gettempdir()))
+            yield _open[-1]
         finally:
+            _open.clear()
             with _ignored_errors():
                 ray.shutdown()
             if folder:
@@ -166,10 +171,14 @@ def _signals_kept() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No warnings and no log lines of libraries on the terminal."""
+    import ray._private.worker as driver  # it prints what a raylet reports, whatever log_to_driver says
+
     loggers = [logging.getLogger(name) for name in ("ray", "ray.train", "ray.data", "ray.tune", "torch")]
     levels = [logger.level for logger in loggers]
+    printing = getattr(driver, "print_to_stdstream", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        driver.print_to_stdstream = lambda *args, **kwargs: None
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         try:
@@ -177,6 +186,7 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+            driver.print_to_stdstream = printing
 
 
 @contextlib.contextmanager

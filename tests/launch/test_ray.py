@@ -1,0 +1,234 @@
+"""Ray is a way of running: what comes out is what comes out without it. One cluster for the whole file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from counterpoise.config import resolve
+from counterpoise.contracts import DataError, Interrupted, NonFiniteLossError
+from counterpoise.data.loader import LocalData
+from counterpoise.data.options import DataOptions
+from counterpoise.engine import checkpoint
+from counterpoise.engine.job import Job
+from counterpoise.engine.local import run_local
+from counterpoise.engine.run import RunFolder
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+SPLITS = {"train": 120, "valid": 30, "test": 30}
+
+
+def png(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A strong and a weak vector, a picture, three classes; one picture of train cannot be decoded."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    centres = {"strong": rng.normal(size=(3, 6)), "weak": 0.4 * rng.normal(size=(3, 4))}
+    for split, count in SPLITS.items():
+        labels = rng.integers(0, 3, count)
+        columns: dict[str, Any] = {"key": [f"{split}{i}" for i in range(count)], "label": labels}
+        for name, centre in centres.items():
+            columns[name] = list(centre[labels] + rng.normal(size=(count, centre.shape[1])))
+        columns["picture"] = [png(rng.integers(0, 255, (8, 8), dtype=np.uint8)) for _ in range(count)]
+        if split == "train":
+            columns["picture"][17] = b"no picture"
+        pq.write_table(pa.table(columns), folder / f"{split}.parquet", row_group_size=16)
+    card = {
+        "name": "two",
+        "num_classes": 3,
+        "sample_id": "key",
+        "splits": {split: {"files": f"{split}.parquet"} for split in SPLITS},
+        "modalities": {
+            "strong": {"kind": "vector", "column": "strong", "preprocess": {"standardize": True}},
+            "weak": {"kind": "vector", "column": "weak"},
+            "picture": {"kind": "image", "column": "picture", "preprocess": {"size": [8, 8], "channels": 1}},
+        },
+    }
+    (folder / "corpus.yaml").write_text(yaml.safe_dump(card))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    from counterpoise.launch.cluster import cluster
+
+    with cluster(workers=2, tasks=2):
+        yield
+
+
+@pytest.fixture
+def job(corpus: str, tmp_path: Path) -> Callable[..., Job]:
+    def make(name: str, *sets: str, **more: Any) -> Job:
+        content = {
+            "corpus": corpus,
+            "modalities": {"strong": "mlp", "weak": "mlp"},
+            "method": "aug",
+            "epochs": 5,
+            "batch_size": 24,
+            "optim": {"lr": 0.05},
+        }
+        experiment, provenance = resolve(content, sets, "test.yaml")
+        folder = RunFolder.create(
+            str(tmp_path),
+            name,
+            experiment_text=yaml.safe_dump(experiment.to_json()),
+            provenance=provenance,
+            manifest={},
+        )
+        return Job(experiment.to_json(), folder.uri, threads=1, **more)
+
+    return make
+
+
+def ray(*jobs: Job, workers: int, **more: Any) -> list[Any]:
+    from counterpoise.launch.train import run_ray
+
+    return run_ray(jobs, workers=workers, **more)
+
+
+def weights(job: Job) -> dict[str, torch.Tensor]:
+    found = checkpoint.latest(RunFolder.open(job.run).checkpoints)
+    assert found is not None
+    return dict(found.tensors["model"])
+
+
+def same_bits(a: Job, b: Job) -> bool:
+    left, right = weights(a), weights(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+TIMES = ("time", "seconds", "data_wait_s", "samples_per_s", "wall_s", "data_wait_share", "run", "seq")
+
+
+def facts(value: Any) -> Any:
+    """Records without times."""
+    if isinstance(value, dict):
+        return {k: facts(v) for k, v in value.items() if k not in TIMES}
+    return [facts(v) for v in value] if isinstance(value, list) else value
+
+
+def records(job: Job, *kinds: str) -> list[Any]:
+    return [facts(r) for r in RunFolder.open(job.run).records() if not kinds or r["kind"] in kinds]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def test_one_ray_worker_does_what_this_process_does(ray_cluster: None, job: Callable[..., Job]) -> None:
+    here, there = job("here"), job("there")
+    assert [facts(s) for s in run_local([here])] == [facts(s) for s in ray(there, workers=1)]
+    assert same_bits(here, there)
+    assert records(here) == records(there)
+    assert records(there, "decision"), "AUG decided nothing, so nothing about decisions was tested"
+
+
+def test_two_ray_workers_equal_two_plain_ones_even_if_one_is_killed(ray_cluster: None, job: Callable[..., Job]) -> None:
+    long = ("epochs=40",)
+    alone, both = job("alone"), job("both")
+    plain, there, killed = job("plain", *long), job("there", *long), job("killed", *long)
+    run_local([plain], workers=2)
+    run_local([alone])
+
+    def kill() -> None:
+        folder = RunFolder.open(killed.run)
+        wait_for(lambda: folder.read_status().get("epoch", 0) > 5)
+        os.kill(folder.read_status()["pid"], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    ray(both, there, killed, workers=2)
+    killer.join()
+
+    assert same_bits(plain, there)
+    assert records(plain) == records(there)
+    left, right = weights(alone), weights(both)
+    assert all(torch.allclose(left[name], right[name], atol=1e-5) for name in left)
+    assert [d["add"] for d in records(alone, "decision")] == [d["add"] for d in records(both, "decision")]
+
+    assert [e["event"] for e in records(killed, "event")] == ["resumed"]
+    assert same_bits(there, killed)
+    assert records(there, "epoch", "decision", "end") == records(killed, "epoch", "decision", "end")
+
+
+def test_a_run_stops_on_request_and_goes_on_later_and_errors_come_back_as_ours(
+    ray_cluster: None, job: Callable[..., Job]
+) -> None:
+    whole, stopped, broken = job("whole", "epochs=40"), job("stopped", "epochs=40"), job("broken", "optim.lr=1e30")
+    run_local([whole], workers=2)
+    folder = RunFolder.open(stopped.run)
+    with pytest.raises(Interrupted, match=r"^stopped \(SIGTERM\) in epoch \d+ of 40 .* continue with --resume$"):
+        ray(stopped, workers=2, stop=lambda: "SIGTERM" if folder.read_status().get("epoch", 0) > 5 else None)
+    assert folder.state() == "interrupted"
+
+    again = Job(stopped.experiment, stopped.run, resume=True, threads=1)
+    with pytest.raises(NonFiniteLossError) as caught:
+        ray(again, broken, workers=2)
+    assert "\n" not in str(caught.value) and "lower optim.lr" in str(caught.value).lower()
+    assert RunFolder.open(broken.run).state() == "failed"
+    assert folder.state() == "finished"
+    assert same_bits(whole, stopped)
+    assert records(whole, "epoch", "decision") == records(stopped, "epoch", "decision")
+
+
+AUGMENT = {"picture": ["flip", {"name": "shift", "pixels": 1}], "weak": [{"name": "noise", "std": 0.1}]}
+
+
+@pytest.mark.parametrize("cache", ["off", "on"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_of_ray_data_are_those_of_local_data(ray_cluster: None, corpus: str, cache: str, world: int) -> None:
+    from counterpoise.launch.ingest import RayData
+
+    more: dict[str, Any] = {"batch_size": 16, "rank": world - 1, "world": world}
+    more["options"] = DataOptions(cache=cache, shuffle_window=50, augment=AUGMENT)  # type: ignore[arg-type]
+    with contextlib.closing(LocalData(corpus, **more)) as local, contextlib.closing(RayData(corpus, **more)) as there:
+        for batches in (
+            lambda data: data.train_batches(1),
+            lambda data: data.train_batches(2, start=5),
+            lambda data: data.batches("test"),
+        ):
+            expected, found = list(batches(local)), list(batches(there))
+            assert len(expected) == len(found) > 0
+            for one, other in zip(expected, found, strict=True):
+                assert one.keys() == other.keys()
+                assert all(torch.equal(one[name], other[name]) for name in one)
+            assert local.skipped() == there.skipped()
+
+
+def test_an_error_in_a_decoding_task_is_ours(ray_cluster: None, corpus: str) -> None:
+    from counterpoise.launch.ingest import RayData
+
+    options = DataOptions(cache="off", bad_samples=0.0)
+    with (
+        contextlib.closing(RayData(corpus, batch_size=16, options=options)) as data,
+        pytest.raises(DataError, match=r"1 rows cannot be decoded, 0 of 120 are tolerated: train17"),
+    ):
+        list(data.train_batches(1))
