@@ -149,7 +149,8 @@ class BoostedHead(Head):
         count = self.num_classifiers[modality]
         weight = torch.cat(list(_layers(self.layer1_weight, modality))[:count])
         bias = torch.cat(list(_layers(self.layer1_bias, modality))[:count])
-        hidden = torch.relu(F.linear(features, weight, bias)).view(len(features), count, self.hidden)
+        # clamp is relu with the gradient 1 at 0: a Layer1 that starts at zero would otherwise never leave it
+        hidden = F.linear(features, weight, bias).clamp(min=0).view(len(features), count, self.hidden)
         return self.layer2(hidden)
 
     def forward(self, features: dict[str, Tensor]) -> Outputs:
