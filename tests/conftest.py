@@ -1,0 +1,213 @@
+"""A small corpus whose modalities differ in strength by construction, and runs on it that take a second."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import wave
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from counterpoise.config import Experiment, resolve
+from counterpoise.contracts import DataSource, Record
+from counterpoise.data.shards import write_shards
+from counterpoise.engine import checkpoint
+from counterpoise.engine.comm import SingleComm
+from counterpoise.engine.job import Job, execute
+from counterpoise.engine.run import RunFolder
+
+CLASSES = ("flute", "oboe", "horn", "harp")
+SEPARATION = {"strong": 1.2, "weak": 0.35, "third": 0.7}  # distance of class centres in units of the noise
+WIDTHS = {"strong": 12, "weak": 12, "third": 8}
+ROWS = {"train": 240, "valid": 60, "test": 60}
+
+torch.set_num_threads(1)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def wav(samples: np.ndarray, rate: int = 2000) -> bytes:
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(np.rint(samples * 32767).astype("<i2").tobytes())
+    return buffer.getvalue()
+
+
+def make_rows(split: str, count: int, modalities: Sequence[str], media: bool = False) -> list[dict[str, Any]]:
+    """Rows of a split: Gaussian vectors around class centres; with media, a tone and a patch that tell the class."""
+    rng = np.random.default_rng([7, *split.encode()])
+    centres = {m: np.random.default_rng([1, *m.encode()]).normal(size=(len(CLASSES), WIDTHS[m])) for m in modalities}
+    rows = []
+    for number in range(count):
+        label = number % len(CLASSES)
+        row: dict[str, Any] = {"key": f"{split}-{number:04d}", "label": label}
+        for m in modalities:
+            row[m] = (SEPARATION[m] * centres[m][label] + rng.normal(size=WIDTHS[m])).tolist()
+        if media:
+            pixels = rng.integers(0, 60, (8, 8), dtype=np.uint8)
+            pixels[2 * label : 2 * label + 2] += 150
+            row["image"] = png(pixels)
+            row["sound"] = wav(0.4 * np.sin(np.arange(400) * (label + 1) / 3) + 0.01 * rng.standard_normal(400))
+        rows.append(row)
+    return rows
+
+
+MEDIA_CARDS = {
+    "image": {"kind": "image", "column": "image", "preprocess": {"size": [8, 8], "channels": 1}},
+    "sound": {
+        "kind": "audio",
+        "column": "sound",
+        "preprocess": {"sample_rate": 2000, "seconds": 0.2, "n_fft": 64, "hop_length": 32, "mel": 8},
+    },
+}
+
+
+def write_corpus(
+    folder: Path,
+    *,
+    modalities: Sequence[str] = ("strong", "weak"),
+    media: bool = False,
+    rows: Mapping[str, int] = ROWS,
+    change: Callable[[str, list[dict[str, Any]]], None] | None = None,
+    expected: Mapping[str, int] | None = None,
+) -> str:
+    """The path of a new corpus. change: gets every split and its rows before they are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = {}
+    for split, count in rows.items():
+        made = make_rows(split, count, modalities, media)
+        if change is not None:
+            change(split, made)
+        write_shards(made, str(folder), split, num_shards=2, row_group_size=16)
+        splits[split] = {"files": f"{split}-*.parquet", "expected": (expected or rows)[split]}
+    kinds: dict[str, Any] = {
+        m: {"kind": "vector", "column": m, "preprocess": {"standardize": True}} for m in modalities
+    }
+    card = {
+        "name": "instruments",
+        "classes": list(CLASSES),
+        "sample_id": "key",
+        "splits": splits,
+        "modalities": kinds | (MEDIA_CARDS if media else {}),
+    }
+    (folder / "corpus.yaml").write_text(yaml.safe_dump(card, sort_keys=False))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two vector modalities, strong and weak."""
+    return write_corpus(tmp_path_factory.mktemp("corpora") / "pair")
+
+
+@pytest.fixture(scope="session")
+def corpus_of_three(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("corpora") / "three", modalities=("strong", "weak", "third"))
+
+
+@pytest.fixture(scope="session")
+def corpus_with_media(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A vector, small pictures and short sounds."""
+    rows = {"train": 48, "valid": 16, "test": 16}
+    return write_corpus(tmp_path_factory.mktemp("corpora") / "media", modalities=("strong",), media=True, rows=rows)
+
+
+BASE: dict[str, Any] = {
+    "method": "joint",
+    "optim": {"lr": 0.05, "weight_decay": 1e-3},
+    "batch_size": 32,
+    "epochs": 3,
+    "data": {"decode_threads": 1, "cache": "on"},
+}
+SMALL_ENCODERS = {m: {"name": "mlp", "hidden": 16, "width": 8} for m in WIDTHS}
+
+
+def settings(corpus: str, **changes: Any) -> dict[str, Any]:
+    """An experiment on a synthetic corpus as a file would give it; sections are merged key by key."""
+    card = yaml.safe_load((Path(corpus) / "corpus.yaml").read_text())
+    vectors = {m: SMALL_ENCODERS[m] for m in card["modalities"] if m in SMALL_ENCODERS}
+    content = {"corpus": corpus, **BASE}
+    if len(vectors) == len(card["modalities"]):
+        content["modalities"] = vectors
+    for key, value in changes.items():
+        old = content.get(key)
+        content[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    return content
+
+
+@dataclass
+class Done:
+    """A run after its end, whichever it was."""
+
+    folder: RunFolder
+    experiment: Experiment
+    summary: dict[str, Any]
+
+    def records(self, kind: str | None = None) -> list[Record]:
+        return [r for r in self.folder.records() if kind in (None, r["kind"])]
+
+    @property
+    def last(self) -> checkpoint.Checkpoint:
+        """The newest checkpoint: weights, optimizer, progress."""
+        found = checkpoint.latest(self.folder.checkpoints)
+        assert found is not None
+        return found
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return self.last.tensors["model"]
+
+    def losses(self) -> list[float]:
+        return [r["train"]["loss"] for r in self.records("epoch")]
+
+
+Run = Callable[..., Done]
+_numbers = itertools.count()
+
+
+def new_folder(root: Path, experiment: Experiment, provenance: Mapping[str, Any], name: str | None = None) -> RunFolder:
+    text = yaml.safe_dump(experiment.to_json(), sort_keys=False)
+    name = name or f"run-{next(_numbers)}"
+    return RunFolder.create(str(root), name, experiment_text=text, provenance=provenance, manifest={"run": name})
+
+
+@pytest.fixture(scope="session")
+def run_experiment(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """run_experiment(content, sets=(), folder=None, resume=False, stop=None, data=None, ...) -> Done, in process."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def run(
+        content: Mapping[str, Any],
+        sets: Sequence[str] = (),
+        *,
+        folder: RunFolder | None = None,
+        resume: bool = False,
+        stop: Callable[[], str | None] | None = None,
+        data: DataSource | None = None,
+        name: str | None = None,
+        checkpoint_every_s: float = 60.0,
+    ) -> Done:
+        experiment, provenance = resolve(content, sets)
+        folder = folder or new_folder(root, experiment, provenance, name)
+        job = Job(experiment.to_json(), folder.uri, resume, checkpoint_every_s, threads=1)
+        summary = execute(job, SingleComm(), stop=stop, data=data)
+        assert summary is not None
+        return Done(RunFolder.open(folder.uri), experiment, summary)
+
+    return run
