@@ -114,14 +114,15 @@ class BoostedHead(Head):
         for name, width in widths.items():
             weights, biases = nn.ParameterList(), nn.ParameterList()
             for index in range(capacity[name]):
-                tensor = torch.empty(hidden, width)
+                tensor, bias = torch.empty(hidden, width), torch.zeros(hidden)
                 if index >= initial[name] and new_classifiers == "zero":
                     nn.init.zeros_(tensor)
+                    bias.fill_(1e-12)  # relu has no gradient at 0: the layer would never leave it
                 else:  # a generator of its own, so that capacity changes no other classifier's start
                     nn.init.xavier_normal_(tensor, generator=seeded_generator(seed, "classifier", name, index))
                 trained = train_new or index < initial[name]
                 weights.append(nn.Parameter(tensor, requires_grad=trained))
-                biases.append(nn.Parameter(torch.zeros(hidden), requires_grad=trained))
+                biases.append(nn.Parameter(bias, requires_grad=trained))
             self.layer1_weight[name], self.layer1_bias[name] = weights, biases
         self.layer2 = _linear(hidden, num_classes)
         self.weigher = WeightNetwork() if learn_weights else None
@@ -149,8 +150,7 @@ class BoostedHead(Head):
         count = self.num_classifiers[modality]
         weight = torch.cat(list(_layers(self.layer1_weight, modality))[:count])
         bias = torch.cat(list(_layers(self.layer1_bias, modality))[:count])
-        # clamp is relu with the gradient 1 at 0: a Layer1 that starts at zero would otherwise never leave it
-        hidden = F.linear(features, weight, bias).clamp(min=0).view(len(features), count, self.hidden)
+        hidden = torch.relu(F.linear(features, weight, bias)).view(len(features), count, self.hidden)
         return self.layer2(hidden)
 
     def forward(self, features: dict[str, Tensor]) -> Outputs:
