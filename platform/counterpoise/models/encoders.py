@@ -82,7 +82,7 @@ class ResNet18(nn.Module):
 
 def _norm(kind: str, channels: int, dimensions: int) -> nn.Module:
     if kind == "group":
-        return nn.GroupNorm(min(8, channels), channels)
+        return nn.GroupNorm(math.gcd(8, channels), channels)
     if kind == "batch":
         return nn.BatchNorm2d(channels) if dimensions == 2 else nn.BatchNorm1d(channels)
     if kind == "none":
