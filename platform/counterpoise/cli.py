@@ -213,7 +213,7 @@ def doctor(as_json: Json = False) -> None:
     findings = examine()
     print(json.dumps([f.to_json() for f in findings], indent=2) if as_json else render(findings))
     if any(f.level == "problem" for f in findings):
-        raise typer.Exit(4)
+        raise typer.Exit(6 if any(f.refusal for f in findings) else 4)
 
 
 @corpora.command("list")
