@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
 import wave
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -211,3 +216,92 @@ def run_experiment(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return Done(RunFolder.open(folder.uri), experiment, summary)
 
     return run
+
+
+# --- what is trained in several tests
+
+SMALL_AUG = {"name": "aug", "hidden": 16, "check_every": 1}
+PICTURES = {name: {"name": "cnn", "channels": [4, 6], "width": 8, "norm": "batch"} for name in ("image", "sound")}
+
+
+def variants(corpus: str, corpus_of_three: str, corpus_with_media: str) -> dict[str, dict[str, Any]]:
+    """Experiments, by a word for what is special about them, that every promise of the loop is tried on."""
+    media = {"modalities": PICTURES, "batch_size": 16}
+    return {
+        "joint": settings(corpus),
+        "joint-sum": settings(corpus, method={"name": "joint", "head": "sum"}),
+        "late": settings(corpus, method="late"),
+        "unimodal": settings(corpus, method={"name": "unimodal", "modality": "weak"}),
+        "aug": settings(corpus, method=SMALL_AUG),
+        "aug-learned-weights": settings(corpus, method={**SMALL_AUG, "weights": "learned"}),
+        "aug-fixed-weights": settings(corpus, method={**SMALL_AUG, "weights": "fixed", "weight": 0.25}),
+        "aug-fixed-assignment": settings(corpus, method={**SMALL_AUG, "assign": "fixed", "classifiers": {"weak": 3}}),
+        "aug-frozen": settings(corpus, method={**SMALL_AUG, "train_new_classifiers": False}),
+        "aug-of-three": settings(corpus_of_three, method={**SMALL_AUG, "weights": "learned"}),
+        "adam-cosine": settings(
+            corpus, method=SMALL_AUG, optim={"name": "adam", "lr": 0.005, "schedule": {"name": "cosine", "warmup": 1}}
+        ),
+        "legacy-steps": settings(corpus, method=SMALL_AUG, optim={"legacy_zero_grad_step": True}),
+        "dropout": settings(corpus, modalities={m: {**SMALL_ENCODERS[m], "dropout": 0.3} for m in ("strong", "weak")}),
+        "streaming-noise": settings(
+            corpus, data={"cache": "off", "augment": {"weak": [{"name": "noise", "std": 0.2}]}, "shuffle_window": 50}
+        ),
+        "batch-norm": settings(corpus_with_media, **media),
+        "local-batch-norm": settings(corpus_with_media, **media, batch_norm="local"),
+        "large-batches": settings(corpus, batch_size=120, method=SMALL_AUG),  # valid and test are less than one
+    }
+
+
+@pytest.fixture(scope="session")
+def experiments(corpus: str, corpus_of_three: str, corpus_with_media: str) -> dict[str, dict[str, Any]]:
+    return variants(corpus, corpus_of_three, corpus_with_media)
+
+
+@pytest.fixture(scope="session")
+def finished(experiments: dict[str, dict[str, Any]], run_experiment: Run) -> Callable[[str], Done]:
+    """finished(variant): its run from start to end by one worker, made once."""
+    made: dict[str, Done] = {}
+
+    def one(name: str) -> Done:
+        if name not in made:
+            made[name] = run_experiment(experiments[name], name=f"whole-{name}")
+        return made[name]
+
+    return one
+
+
+STOPS = {"aug-learned-weights": [4, 9], "local-batch-norm": [4], "aug": [7]}
+
+
+@pytest.fixture(scope="session")
+def two_ranks(
+    experiments: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What each of two processes saw: collectives, batch normalisation, every variant, some of them interrupted."""
+    place = tmp_path_factory.mktemp("ranks")
+    jobs = {}
+    for name, content in experiments.items():
+        experiment, provenance = resolve(content)
+        for label, stops in ((name, []), *([(f"{name}, interrupted", STOPS[name])] if name in STOPS else [])):
+            folder = new_folder(place / "runs", experiment, provenance)
+            jobs[label] = {"experiment": experiment.to_json(), "run": folder.uri, "stop_after": stops}
+    (place / "jobs.json").write_text(json.dumps(jobs))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    package = Path(__file__).resolve().parents[1] / "platform"
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    program = [sys.executable, str(Path(__file__).with_name("engine") / "ranks.py")]
+    processes = [
+        subprocess.Popen(
+            [*program, str(place / "jobs.json"), str(place)],
+            env={**common, "RANK": str(rank), "PYTHONPATH": str(package)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    first, second = (torch.load(place / f"rank-{rank}.pt", weights_only=False) for rank in range(2))
+    return first, second

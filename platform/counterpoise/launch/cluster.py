@@ -8,6 +8,7 @@ outlive this one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -86,7 +87,7 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
                 "_temp_dir": folder,
             }
         try:
-            with _signals_kept():
+            with _signals_kept(), _own_process_groups():
                 ray.init(**options)
         except Exception as error:  # Ray raises many kinds here
             text = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -166,6 +167,25 @@ def _signals_kept() -> Iterator[None]:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _own_process_groups() -> Iterator[None]:
+    """What a terminal, `timeout` or a scheduler sends to our process group reaches us alone.
+
+    Ray's processes must live until the checkpoint is written; they end when we do, whatever happens to us.
+    """
+    from ray._private import services
+
+    start = getattr(services, "ConsolePopen", None)
+    if start is None or os.name != "posix":
+        yield
+        return
+    services.ConsolePopen = functools.partial(start, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = start
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ The plan of an epoch is the same as everywhere (`data/plan.py`), and so are the 
 a generator task turns each into decoded pieces, and they come back in the planned order.
 
     streaming   every worker runs a pipeline over its own units, epoch by epoch
-    cached      rank 0 runs one pipeline over a split; the arrays lie in Ray's object store, once per machine, and all
-                workers read them there
+    cached      rank 0 runs one pipeline over a split (or decodes it itself, if that takes less than the tasks take to
+                start); the arrays lie in Ray's object store, once per machine, and all workers read them there
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from counterpoise.data.index import SplitIndex
 
 STALL_S = 60.0  # nothing arrived for so long: look whether the cluster has room for a task at all
+SMALL_BYTES = 64 * 2**20  # decoded size of a split that is not worth starting tasks for, which takes 3 to 5 s
 _BLOCK = 256  # rows of a piece when a whole split is decoded
 _NO_ORDER = np.empty(0, dtype=np.int64)
 
@@ -135,6 +136,8 @@ class RayData(LocalData):
     def _decoded_rows(self, split: str) -> Generator[Decoded, None, None]:
         index = self.indexes[split]
         units = plan.evaluation_units(split, index.group_pairs, index.group_sizes, block=_BLOCK)
+        if self.decoded_bytes() <= SMALL_BYTES:
+            return super()._decoded_batches(split, units)
         return self._pipeline(split, _merged(units, 4 * self.tasks), 1)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from counterpoise.contracts import CounterpoiseError
 from counterpoise.launch.worker import WorkerLost
@@ -25,6 +26,16 @@ class Policy(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
 
+class Steady(FixedScalingPolicy):
+    """A cluster that cannot grow need not be asked to; asking takes an actor that must start before the workers."""
+
+    def after_controller_start(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
 class Trainer(TorchTrainer):
     """trimmed: start no helper process that only matters in a cluster which stays."""
 
@@ -39,4 +50,6 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         config: Any = self.run_config.failure_config
         kwargs["failure_policy"] = Policy(config)
+        if self._trimmed:
+            kwargs["scaling_policy"] = Steady(self.scaling_config)
         return super()._initialize_and_run_controller(**kwargs)  # type: ignore[misc]

@@ -113,7 +113,7 @@ class CNN(nn.Module):
             inputs = outputs
             size = tuple(-(-side // 2) for side in size)
         self.blocks = nn.Sequential(*layers)
-        self.project = nn.Sequential(nn.Flatten(), nn.Linear(inputs * math.prod(size), width), nn.ReLU())
+        self.project = nn.Sequential(nn.Flatten(), nn.Linear(inputs * math.prod(size), width))
         self.width = width
         self.flat = flat
 
