@@ -36,11 +36,26 @@ def build_optimizer(optim: Optim, net: nn.Module, scales: Mapping[nn.Parameter, 
             groups.setdefault(scales.get(parameter, 1.0), []).append(parameter)
     described: list[dict[str, Any]] = [{"params": ps, "lr_scale": scale} for scale, ps in groups.items()]
     if optim.name == "sgd":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             described, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
         )
+        if optim.momentum:
+            sgd.register_step_pre_hook(_begin_momentum)
+        return sgd
     kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
     return kind(described, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Start the momentum of parameters with their first gradient at 0.
+
+    The fused SGD takes either no momentum at all or that of every parameter in a step; with phases and growth some
+    parameters come later than others. From 0 the first step gives the gradient itself, as without momentum.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
