@@ -79,7 +79,11 @@ def evaluate(
     """Loss and accuracies of a split; the loss is the cross-entropy of the fused prediction."""
     net.eval()
     sums = Accumulator(device)
-    sums.add("samples", 0)
+    # Entries of every worker, also of one without a row of this split: they travel as one tensor.
+    for name in ("samples", "loss/fused", *(f"correct/{m}" for m in ("fused", *data.modalities))):
+        sums.add(name, 0)
+    for name in data.modalities:
+        sums.add(f"score/{name}", 0)
     for raw in data.batches(split):
         batch = to_device(raw, device)
         logits, labels = predictions(net, method, net(batch)), batch[LABEL]
