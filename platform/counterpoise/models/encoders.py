@@ -113,7 +113,9 @@ class CNN(nn.Module):
             inputs = outputs
             size = tuple(-(-side // 2) for side in size)
         self.blocks = nn.Sequential(*layers)
-        self.project = nn.Sequential(nn.Flatten(), nn.Linear(inputs * math.prod(size), width))
+        # Without the LayerNorm the features start large, and learning rates above 0.01 with momentum stall the encoder.
+        linear = nn.Linear(inputs * math.prod(size), width)
+        self.project = nn.Sequential(nn.Flatten(), linear, nn.LayerNorm(width), nn.ReLU())
         self.width = width
         self.flat = flat
 
