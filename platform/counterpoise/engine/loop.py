@@ -242,6 +242,7 @@ class Trainer:
             self._record(
                 {
                     "kind": "start",
+                    "run": self.folder.name if self.folder else "",
                     "method": self.experiment.method_name,
                     "corpus": self.experiment.corpus,
                     "modalities": list(self.data.modalities),
@@ -434,8 +435,15 @@ class Trainer:
             "sums": [],
             "architecture": self.net.head.architecture(),
             "method": self.method.state_dict(),
+            "zero_gradients": self._zero_gradients(),
             "num_records": self.folder.num_records if self.folder else 0,
         }
+
+    def _zero_gradients(self) -> list[str]:
+        """Names of the parameters that `legacy_zero_grad_step` moves although a phase does not touch them."""
+        if not self.experiment.optim.legacy_zero_grad_step:
+            return []
+        return [name for name, p in self.net.named_parameters() if p.grad is not None]
 
     def _save(self) -> None:
         """A complete checkpoint of this moment, written by rank 0."""
@@ -480,6 +488,9 @@ class Trainer:
         self.net.load_state_dict(tensors["model"])
         load_optimizer_state(self.optimizer, self.net, tensors["optimizer"])
         self.method.load_state_dict(state["method"])
+        for name in state.get("zero_gradients", ()):
+            parameter = self.net.get_parameter(name)
+            parameter.grad = torch.zeros_like(parameter)
         self.progress = Progress.from_json(state["progress"])
         if len(state["sums"]) == self.comm.world:
             self.sums.load(state["sums"][self.comm.rank])
