@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from counterpoise.contracts import Outputs
+from counterpoise.contracts import Outputs, RefusedError
 from counterpoise.functional import seeded_generator
 
 
@@ -128,6 +128,7 @@ class BoostedHead(Head):
         self.weigher = WeightNetwork() if learn_weights else None
         self.register_buffer("classifier_weight", torch.tensor(float(weight)))
         self.register_buffer("confidence", torch.zeros(len(widths)))
+        self.register_load_state_dict_pre_hook(_fit_capacity)
 
     def capacity(self, modality: str) -> int:
         return len(_layers(self.layer1_weight, modality))
@@ -167,13 +168,35 @@ class BoostedHead(Head):
         return {"num_classifiers": dict(self.num_classifiers)}
 
     def restore(self, architecture: Mapping[str, Any]) -> None:
-        self.num_classifiers = {name: int(architecture["num_classifiers"][name]) for name in self.modalities}
+        counts = {name: int(architecture["num_classifiers"][name]) for name in self.modalities}
+        for name, count in counts.items():
+            if count > self.capacity(name):
+                raise RefusedError(
+                    f"the checkpoint has {count} classifiers of {name}, this experiment has room for "
+                    f"{self.capacity(name)}; it needs at least the epochs it was started with"
+                )
+        self.num_classifiers = counts
 
 
 def _layers(bank: nn.ModuleDict, modality: str) -> nn.ParameterList:
     layers = bank[modality]
     assert isinstance(layers, nn.ParameterList)
     return layers
+
+
+def _fit_capacity(head: BoostedHead, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a checkpoint fit that has more or less room, as one of a run with another number of epochs has.
+
+    Classifiers that were never switched on are what their seed made them, on both sides.
+    """
+    for kind in ("layer1_weight", "layer1_bias"):
+        for name in head.modalities:
+            own = getattr(head, kind)[name]
+            for key in [key for key in state if key.startswith(f"{prefix}{kind}.{name}.")]:
+                if int(key.rsplit(".", 1)[1]) >= len(own):
+                    del state[key]
+            for index in range(head.num_classifiers[name], len(own)):
+                state.setdefault(f"{prefix}{kind}.{name}.{index}", own[index].detach())
 
 
 def cumulative_logits(stack: Tensor, weight: Tensor | float, upto: int | None = None) -> Tensor:
