@@ -46,11 +46,20 @@ def _spawn(jobs: Sequence[Job], workers: int, stop: Callable[[], str | None] | N
     ]
     for process in processes:
         process.start()
+    errors: list[BaseException] = []
+    summaries: list[dict[str, Any]] = []
+
+    def receive() -> None:
+        while not results.empty():
+            kind, value = pickle.loads(results.get())
+            (errors if kind == "error" else summaries).append(value)
+
     asked = False
     try:
         while any(process.is_alive() for process in processes):
             for process in processes:
                 process.join(timeout=0.1)
+            receive()  # or a worker with much to say would wait for us, and we for it
             reason = stop() if stop and not asked else None
             if reason:
                 asked = True
@@ -64,11 +73,7 @@ def _spawn(jobs: Sequence[Job], workers: int, stop: Callable[[], str | None] | N
             if process.is_alive():
                 process.terminate()
                 process.join()
-    errors: list[BaseException] = []
-    summaries: list[dict[str, Any]] = []
-    while not results.empty():
-        kind, value = pickle.loads(results.get())
-        (errors if kind == "error" else summaries).append(value)
+    receive()
     if errors:
         raise min(errors, key=lambda error: not isinstance(error, CounterpoiseError))
     for rank, process in enumerate(processes):
