@@ -155,5 +155,5 @@ def prediction_columns(found: Predictions, data: DataSource, split: str) -> dict
         "prediction": found.logits["fused"].argmax(axis=1),
     }
     for name in ("fused", *data.modalities):
-        columns[f"logits_{name}"] = list(found.logits[name])
+        columns[f"logits_{name}"] = found.logits[name]
     return columns
