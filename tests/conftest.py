@@ -211,7 +211,9 @@ def run_experiment(tmp_path_factory: pytest.TempPathFactory) -> Run:
         experiment, provenance = resolve(content, sets)
         folder = folder or new_folder(root, experiment, provenance, name)
         job = Job(experiment.to_json(), folder.uri, resume, checkpoint_every_s, threads=1)
-        summary = execute(job, SingleComm(), stop=stop, data=data)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", lambda _: None)  # a third of the time, and nobody pulls the plug here
+            summary = execute(job, SingleComm(), stop=stop, data=data)
         assert summary is not None
         return Done(RunFolder.open(folder.uri), experiment, summary)
 
@@ -270,6 +272,7 @@ def finished(experiments: dict[str, dict[str, Any]], run_experiment: Run) -> Cal
     return one
 
 
+ALONE = {"joint-sum", "aug-fixed-weights", "aug-fixed-assignment", "aug-frozen", "dropout"}  # nothing new with two
 STOPS = {"aug-learned-weights": [4, 9], "local-batch-norm": [4], "aug": [7]}
 
 
@@ -281,6 +284,8 @@ def two_ranks(
     place = tmp_path_factory.mktemp("ranks")
     jobs = {}
     for name, content in experiments.items():
+        if name in ALONE:
+            continue
         experiment, provenance = resolve(content)
         for label, stops in ((name, []), *([(f"{name}, interrupted", STOPS[name])] if name in STOPS else [])):
             folder = new_folder(place / "runs", experiment, provenance)
