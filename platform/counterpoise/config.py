@@ -38,7 +38,7 @@ CHANGEABLE = ("epochs", "optim.lr", "optim.schedule", "optim.weight_decay", "sel
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Schedule(_Section):
@@ -112,7 +112,7 @@ class Experiment(_Section):
             value = {"name": value}
         if not isinstance(value, dict) or "name" not in value:
             raise ValueError("give a name and settings, e.g. {name: aug, lam: 0.5}")
-        if value["name"] not in METHODS:
+        if not isinstance(value["name"], str) or value["name"] not in METHODS:
             raise ValueError(_unknown("method", str(value["name"]), METHODS))
         return METHODS[value["name"]].Config(**{k: v for k, v in value.items() if k != "name"})
 
@@ -168,6 +168,10 @@ def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
 # --- reading
 
 
+# What PyYAML raises: its own errors, ValueError for 2020-13-45, RecursionError for a thousand brackets.
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
+
 def parse_set(text: str) -> tuple[str, Any]:
     """`a.b=value` as (key, value); the value is YAML, so numbers, lists and mappings work."""
     key, separator, value = text.partition("=")
@@ -175,9 +179,9 @@ def parse_set(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {text!r}: write it as key=value, e.g. --set optim.lr=0.05")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"--set {text!r}: the value is not valid YAML ({_first_line(error)})") from None
-    if isinstance(parsed, str):  # YAML 1.1 takes 1e-3 for a word
+    if isinstance(parsed, str) and parsed == value.strip():  # YAML 1.1 takes 1e-3 for a word; quoted words stay
         with contextlib.suppress(ValueError):
             parsed = float(parsed)
     return key.strip(), parsed
@@ -193,16 +197,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"no experiment file {str(path)!r}{hint}")
     if file.stat().st_size > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes, this is no experiment")
-    return parse_yaml(file.read_text(), str(path))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text, this is no experiment") from None
+    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ConfigError(f"{source}: YAML aliases are not allowed here")
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        aliases = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))
+        data = None if aliases else yaml.safe_load(text)
+    except _NOT_YAML as error:
         raise ConfigError(f"{source}: not valid YAML: {_first_line(error)}") from None
+    if aliases:
+        raise ConfigError(f"{source}: YAML aliases are not allowed here")
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: an experiment is a mapping of keys to values")
     return data
@@ -229,6 +238,15 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[parts[-1]] = value
 
 
+def _plain(value: Any) -> Any:
+    """What JSON can hold: keys are words, dates and the like are text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every leaf."""
     for key, value in tree.items():
@@ -245,25 +263,24 @@ def resolve(
 
     Provenance: {dotted key: {"value": ..., "origin": "default" | "file NAME" | "command line"}}.
     """
-    tree: dict[str, Any] = json.loads(json.dumps(dict(data), default=str))
+    tree: dict[str, Any] = _plain(data)
     origins: dict[str, str] = {key: f"file {Path(source).name}" for key, _ in flatten(tree)}
     for text in sets:
         key, value = parse_set(text)
+        value = _plain(value)
         if key == "method.name" and isinstance(tree.get("method"), dict) and tree["method"].get("name") != value:
             _put(tree, "method", {"name": value})
             origins = {k: o for k, o in origins.items() if not k.startswith("method.")}
         _put(tree, key, value)
-        origins[key] = "command line"
+        origins = {k: o for k, o in origins.items() if k != key and not k.startswith(f"{key}.")}
+        origins.update(dict.fromkeys((k for k, _ in flatten({key: value})), "command line"))
     try:
         experiment = Experiment(**tree)
     except ValidationError as error:
         raise ConfigError(explain(error, source, tree, origins)) from None
     provenance = {}
     for key, value in flatten(experiment.to_json()):
-        origin = next((origins[k] for k in (key, key.removesuffix(".name")) if k in origins), None)
-        if origin is None:
-            parents = [k for k in origins if key.startswith(f"{k}.")]
-            origin = origins[max(parents, key=len)] if parents else "default"
+        origin = next((origins[k] for k in (key, key.removesuffix(".name")) if k in origins), "default")
         provenance[key] = {"value": value, "origin": origin}
     return experiment, provenance
 

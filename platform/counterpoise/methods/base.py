@@ -31,7 +31,7 @@ from counterpoise.models.network import MultimodalNet
 class MethodConfig(BaseModel):
     """Base of every method's config: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=MethodConfig)
