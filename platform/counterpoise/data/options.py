@@ -66,6 +66,11 @@ def _spelled_out(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _word(value: Any) -> Any:
+    """YAML 1.1 reads on and off as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 Op = Annotated[
     Annotated[
         Flip | Shift | ResizedCrop | Noise | TimeShift | Mask | Dropout,
@@ -83,7 +88,9 @@ class DataOptions(BaseModel):
     shuffle_window: int = Field(
         default=8192, ge=1, description="rows shuffled together; a smaller split is one permutation"
     )
-    cache: Literal["auto", "on", "off"] = Field(default="auto", description="keep decoded rows in memory")
+    cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)] = Field(
+        default="auto", description="keep decoded rows in memory"
+    )
     cache_limit_gib: float = Field(default=2.0, gt=0, description="cache: auto caches a corpus up to this size, in GiB")
     decode_threads: int = Field(default=2, ge=1, description="threads that decode, per worker")
     prefetch: int = Field(default=4, ge=1, description="batches made ahead of the training loop")
