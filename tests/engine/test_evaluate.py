@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.conftest import Done, settings, write_corpus
+
+from counterpoise.contracts import DataError, RefusedError
+from counterpoise.engine.again import evaluate_run
+from counterpoise.engine.comm import SingleComm
+from counterpoise.engine.evaluate import Accumulator, Predictions, predict, split_stats
+from counterpoise.engine.job import open_data
+from counterpoise.engine.loop import make_method, make_network
+from counterpoise.engine.metrics import classification_metrics
+
+SCORES = np.array([[0.6, 0.3, 0.1], [0.3, 0.5, 0.2], [0.2, 0.7, 0.1], [0.5, 0.1, 0.4]])
+LABELS = np.array([0, 0, 1, 2])
+
+
+def test_metrics_of_four_samples_by_hand() -> None:
+    """Average precision of the classes 0.8333, 1 and 1; two of four right."""
+    found = classification_metrics(np.log(SCORES), LABELS)
+    assert found == pytest.approx({"accuracy": 0.5, "map": 0.944444, "macro_f1": 0.388889}, abs=1e-6)
+
+
+def test_classes_without_samples_are_left_out_of_the_mean() -> None:
+    wider = np.log(np.concatenate([SCORES, np.full((4, 1), 1e-9)], axis=1))
+    assert classification_metrics(wider, LABELS)["map"] == pytest.approx(0.944444, abs=1e-6)
+
+
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 30))
+def test_metrics_lie_between_0_and_1_and_are_1_for_perfect_predictions(seed: int, rows: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, rows)
+    for logits in (rng.normal(size=(rows, 3)), 20 * np.eye(3)[labels]):
+        found = classification_metrics(logits.astype(np.float32), labels)
+        assert all(0 <= value <= 1 for value in found.values())
+    assert found == {"accuracy": 1, "map": 1, "macro_f1": 1}
+
+
+def test_table_of_metrics_has_the_gap_and_the_parts() -> None:
+    logits = {"fused": np.eye(3)[LABELS], "a": np.log(SCORES), "b": np.eye(3)[[0, 0, 0, 0]], "a/first": np.log(SCORES)}
+    found = Predictions(np.arange(4), LABELS, {k: v.astype(np.float32) for k, v in logits.items()}).metrics(("a", "b"))
+    assert found["accuracy"] == {"fused": 1.0, "a": 0.5, "b": 0.5}
+    assert found["gap"] == 0 and found["accuracy_of_part"] == {"a/first": 0.5}
+
+
+def test_sums_survive_a_checkpoint_exactly() -> None:
+    sums = Accumulator(torch.device("cpu"))
+    logits, labels = torch.randn(7, 3), torch.randint(3, (7,))
+    for _ in range(3):
+        sums.add("samples", 7)
+        sums.add("loss/fused", 0.1)
+        sums.add_predictions({"fused": logits, "a": logits}, labels)
+    again = Accumulator(torch.device("cpu"))
+    again.load(sums.state())
+    assert again.reduce(SingleComm()) == sums.reduce(SingleComm())
+    stats = split_stats(sums.reduce(SingleComm()))
+    assert stats.samples == 21 and stats.loss == pytest.approx(0.3 / 21)
+    assert stats.correct["a"] == 3 * int((logits.argmax(1) == labels).sum())
+    assert set(stats.scores) == {"a"} and stats.accuracy["fused"] == stats.accuracy["a"]
+    assert Accumulator(torch.device("cpu")).reduce(SingleComm()) == {}
+
+
+@pytest.fixture(scope="module")
+def trained(run_experiment: Callable[..., Done], corpus: str) -> Done:
+    return run_experiment(settings(corpus, method={"name": "aug", "hidden": 8, "check_every": 1}))
+
+
+def test_a_finished_run_evaluated_again_gives_its_own_numbers(trained: Done) -> None:
+    found = evaluate_run(trained.folder.uri, "test", device="cpu")
+    for metric in ("accuracy", "map", "macro_f1", "gap"):
+        assert found[metric] == trained.summary["test"][metric]
+    assert found["epoch"] == trained.summary["selected_epoch"] and found["samples"] == 60
+    valid = evaluate_run(trained.folder.uri, "valid", device="cpu")
+    assert valid["accuracy"] == pytest.approx(trained.summary["valid"]["accuracy"])
+    saved = trained.folder.read_predictions("evaluation-valid.parquet")
+    assert len(saved["label"]) == 60 and saved["logits_fused"].shape == (60, 4)
+
+
+def test_a_run_is_evaluated_on_another_corpus(trained: Done, tmp_path: Any) -> None:
+    other = write_corpus(tmp_path / "other", rows={"train": 40, "valid": 8, "test": 20})
+    found = evaluate_run(trained.folder.uri, "test", other, device="cpu")
+    assert found["samples"] == 20 and found["corpus"] == other
+
+
+def test_a_corpus_with_other_modalities_is_refused(trained: Done, corpus_with_media: str) -> None:
+    with pytest.raises((DataError, RefusedError, ValueError), match="no modality 'weak'"):
+        evaluate_run(trained.folder.uri, "test", corpus_with_media, device="cpu")
+
+
+def test_evaluating_changes_nothing(trained: Done) -> None:
+    data = open_data(trained.experiment)
+    method = make_method(trained.experiment, data, SingleComm())
+    net = make_network(trained.experiment, data, method)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    first, second = (predict(net, method, data, "test", SingleComm(), torch.device("cpu")) for _ in range(2))
+    assert all(net.state_dict()[name].equal(value) for name, value in before.items())
+    assert all((first.logits[name] == logits).all() for name, logits in second.logits.items())
+    assert first.rows.tolist() == list(range(60))
+    data.close()
