@@ -85,7 +85,7 @@ def train(
 ) -> None:
     """Train one experiment and test it."""
     from counterpoise.config import read_yaml, resolve
-    from counterpoise.start import Settings, check_same_data, make_job, new_run, preview, reopen, run_jobs
+    from counterpoise.start import Settings, check_same_data, keep_changes, make_job, new_run, preview, reopen, run_jobs
 
     _choice("--engine", engine, ("local", "ray"))
     settings = Settings(engine, workers, device, threads, checkpoint_every, address, verbose=verbose)
@@ -108,7 +108,9 @@ def train(
     if dry_run:
         say("dry run: everything that could be checked is in order; nothing was started")
         return
-    if not resume:
+    if resume:
+        keep_changes(folder, resolved, changes)
+    else:
         folder = new_run(seen, provenance, runs, name, sys.argv[1:])
     say(f"run         {folder.uri}")
     summaries = run_jobs([make_job(seen, folder, resume)], seen.settings)

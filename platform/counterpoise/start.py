@@ -20,14 +20,16 @@ from typing import Any
 
 import yaml
 
+from counterpoise import storage
 from counterpoise.config import Experiment, check_changes, parse_yaml, resolve
 from counterpoise.contracts import DataError, Interrupted, RefusedError, ResourceError
 from counterpoise.engine.comm import SingleComm
-from counterpoise.engine.job import Job, open_data
+from counterpoise.engine.job import Job, chosen_device, open_data
 from counterpoise.engine.loop import encoder_configs, make_method, make_network
-from counterpoise.engine.run import RunFolder
+from counterpoise.engine.run import EXPERIMENT, RunFolder
 from counterpoise.storage import join
 
+CHANGES = "changes.json"
 VERSIONS_OF = ("torch", "torchvision", "numpy", "ray", "pyarrow", "scikit-learn", "s3fs")
 
 
@@ -46,13 +48,7 @@ class Settings:
 
     @property
     def resolved_device(self) -> str:
-        import torch
-
-        if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ResourceError(f"--device {self.device}: this machine has no CUDA device; use --device cpu")
-        return self.device
+        return chosen_device(self.device)
 
     @property
     def resolved_threads(self) -> int:
@@ -235,6 +231,17 @@ def check_same_data(folder: RunFolder, seen: Preview) -> None:
             f"corpus {seen.experiment.corpus} is not the one this run was started with "
             f"(fingerprint {str(before)[:12]}, now {seen.fingerprint[:12]}); start a new run"
         )
+
+
+def keep_changes(folder: RunFolder, experiment: Experiment, changes: Sequence[str]) -> None:
+    """Make a changed experiment the run's own; what changed, and when, is added to changes.json."""
+    if not changes:
+        return
+    with folder:
+        before = folder.read_json(CHANGES) if storage.exists(folder.at(CHANGES)) else []
+        now = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changes": list(changes)}
+        folder.write_json(CHANGES, [*before, now])
+        storage.write_text(folder.at(EXPERIMENT), yaml.safe_dump(experiment.to_json(), sort_keys=False))
 
 
 class StopRequest:

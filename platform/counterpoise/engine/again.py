@@ -11,7 +11,7 @@ from counterpoise.contracts import DataError
 from counterpoise.engine import checkpoint
 from counterpoise.engine.comm import SingleComm
 from counterpoise.engine.evaluate import predict, prediction_columns
-from counterpoise.engine.job import open_data
+from counterpoise.engine.job import chosen_device, open_data
 from counterpoise.engine.loop import load_model, make_method, make_network
 from counterpoise.engine.run import RunFolder
 
@@ -28,7 +28,7 @@ def evaluate_run(run: str, split: str = "test", corpus: str | None = None, devic
     best = checkpoint.latest(folder.best)
     if best is None:
         raise DataError(f"run {folder.name} has no finished epoch yet")
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = torch.device(chosen_device(device))
     comm = SingleComm()
     data = open_data(experiment, state=folder.manifest.get("preprocessing"))
     try:

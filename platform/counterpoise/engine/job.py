@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from counterpoise.config import Experiment
-from counterpoise.contracts import Comm, CounterpoiseError, DataSource, Interrupted
+from counterpoise.contracts import Comm, ConfigError, CounterpoiseError, DataSource, Interrupted, ResourceError
 from counterpoise.data.card import load_card
 from counterpoise.data.loader import LocalData
 from counterpoise.engine.loop import RunOptions, Trainer
@@ -29,6 +29,15 @@ class Job:
     threads: int = 1  # torch threads of one worker; part of what makes bits equal
     device: str = "cpu"
     data: dict[str, Any] = field(default_factory=dict)  # preprocessing state, as the starting process found it
+
+
+def chosen_device(name: str) -> str:
+    """The torch device that `--device NAME` means: auto is a GPU if there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device is {name!r}; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("--device cuda: this machine has no CUDA device; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 OpenData = Callable[..., DataSource]
