@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -34,6 +35,8 @@ WIDTHS = {"strong": 12, "weak": 12, "third": 8}
 ROWS = {"train": 240, "valid": 60, "test": 60}
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("counterpoise", deadline=None)  # the machine may be busy
+hypothesis.settings.load_profile("counterpoise")
 
 
 def png(pixels: np.ndarray) -> bytes:
