@@ -389,6 +389,7 @@ class Trainer:
         if message["stop"] and not finished:
             self._record({"kind": "event", "event": "interrupted", "reason": message["stop"], **self._where()})
             self._status(state="interrupted", force=True)
+            self.comm.barrier()  # nobody leaves before rank 0 has written all of it
             raise Interrupted(
                 f"stopped ({message['stop']}) in epoch {self.progress.epoch} of {self.experiment.epochs} "
                 f"after step {self.progress.step}; a checkpoint is written, continue with --resume"
