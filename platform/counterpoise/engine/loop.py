@@ -159,7 +159,6 @@ class Trainer:
         self.rng = torch.Generator()
         self._fallbacks: list[tuple[str, str]] = []
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
-        self._loss_names: list[str] = []
         self._control_in = 1
         self._last_save = self._session_start = time.monotonic()
         self._batches_here = 0
