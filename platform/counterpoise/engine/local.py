@@ -8,6 +8,7 @@ import pickle
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,15 +55,17 @@ def _spawn(jobs: Sequence[Job], workers: int, stop: Callable[[], str | None] | N
             kind, value = pickle.loads(results.get())
             (errors if kind == "error" else summaries).append(value)
 
-    asked = False
+    asked = float("-inf")
     try:
         while any(process.is_alive() for process in processes):
             for process in processes:
                 process.join(timeout=0.1)
             receive()  # or a worker with much to say would wait for us, and we for it
-            reason = stop() if stop and not asked else None
-            if reason:
-                asked = True
+            reason = stop() if stop else None
+            if (
+                reason and time.monotonic() - asked > 1
+            ):  # again and again: a run that is just starting clears old wishes
+                asked = time.monotonic()
                 for job in jobs:
                     RunFolder.open(job.run).request_stop(reason)
             if any(process.exitcode not in (None, 0) for process in processes):
