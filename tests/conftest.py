@@ -22,9 +22,9 @@ import torch
 import yaml
 
 from counterpoise.config import Experiment, resolve
-from counterpoise.contracts import DataSource, Record
+from counterpoise.contracts import DataSource, Interrupted, Record
 from counterpoise.data.shards import write_shards
-from counterpoise.engine import checkpoint
+from counterpoise.engine import checkpoint, loop
 from counterpoise.engine.comm import SingleComm
 from counterpoise.engine.job import Job, execute
 from counterpoise.engine.run import RunFolder
@@ -280,8 +280,17 @@ STOPS = {"aug-learned-weights": [4, 9], "local-batch-norm": [4], "aug": [7]}
 
 
 @pytest.fixture(scope="session")
+def handed_over() -> dict[str, RunFolder]:
+    """Folders of runs that `two_ranks` takes over from one worker and leaves to one worker."""
+    return {}
+
+
+@pytest.fixture(scope="session")
 def two_ranks(
-    experiments: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+    experiments: dict[str, dict[str, Any]],
+    run_experiment: Run,
+    handed_over: dict[str, RunFolder],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What each of two processes saw: collectives, batch normalisation, every variant, some of them interrupted."""
     place = tmp_path_factory.mktemp("ranks")
@@ -293,6 +302,16 @@ def two_ranks(
         for label, stops in ((name, []), *([(f"{name}, interrupted", STOPS[name])] if name in STOPS else [])):
             folder = new_folder(place / "runs", experiment, provenance)
             jobs[label] = {"experiment": experiment.to_json(), "run": folder.uri, "stop_after": stops}
+    experiment, provenance = resolve(experiments["aug"])
+    base = {"experiment": experiment.to_json(), "stop_after": []}
+    for label, more in (("taken over", {"resume": True}), ("handed over", {"stop_after": [11], "unfinished": True})):
+        folder = new_folder(place / "runs", experiment, provenance, label.replace(" ", "-"))
+        jobs[label] = base | more | {"run": folder.uri}
+        handed_over[label] = folder
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(loop, "CONTROL_INTERVAL_S", 0.0)
+        calls = itertools.count()
+        run_experiment(experiments["aug"], folder=handed_over["taken over"], stop=lambda: "test" * (next(calls) == 11))
     (place / "jobs.json").write_text(json.dumps(jobs))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

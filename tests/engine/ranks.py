@@ -2,7 +2,7 @@
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python ranks.py JOBS.json OUT
 
-JOBS.json: {name: {experiment, run, stop_after}}. Leaves OUT/rank-<r>.pt with what this worker saw.
+JOBS.json: {name: {experiment, run, stop_after, resume, unfinished}}. Leaves OUT/rank-<r>.pt with what this worker saw.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Watched(loop.Trainer):
 
 def train(job: dict[str, Any], comm: Comm) -> dict[str, Any]:
     experiment = Experiment(**job["experiment"])
-    resume = False
-    for limit in [*job.get("stop_after", []), None]:
+    resume = job.get("resume", False)
+    for limit in [*job["stop_after"], None]:
         folder = RunFolder.open(job["run"]) if comm.rank == 0 else None
         if folder is not None:
             folder.acquire()
@@ -50,6 +50,8 @@ def train(job: dict[str, Any], comm: Comm) -> dict[str, Any]:
             summary = trainer.run()
         except Interrupted:
             resume = True
+            if job.get("unfinished"):
+                return {}
             continue
         finally:
             data.close()

@@ -193,26 +193,39 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(
     assert [r["seq"] for r in again.records()] == list(range(len(again.records())))
 
 
+@pytest.mark.parametrize("direction", ["taken over", "handed over"])
 def test_a_run_may_be_continued_with_another_number_of_workers(
-    finished: Finished, run_experiment: Callable[..., Done], corpus: str, tmp_path: Path
+    two_ranks: Ranks,
+    handed_over: dict[str, RunFolder],
+    finished: Finished,
+    run_experiment: Callable[..., Done],
+    experiments: dict[str, Any],
+    direction: str,
 ) -> None:
-    """One worker stops in the middle of an epoch, two local processes go on."""
-    content = settings(corpus, method=SMALL_AUG)
-    experiment, provenance = resolve(content)
-    folder = new_folder(tmp_path, experiment, provenance)
-    with pytest.raises(Interrupted):
-        run_experiment(content, folder=folder, stop=stop_after(11))
-    (summary,) = run_local([Job(experiment.to_json(), folder.uri, resume=True)], workers=2)
-    whole = finished("aug")
+    """Stopped in the middle of the second epoch: one worker, then two; two workers, then one."""
+    folder, whole = handed_over[direction], finished("aug")
+    if direction == "handed over":
+        run_experiment(experiments["aug"], folder=folder, resume=True)
     last = checkpoint.latest(folder.checkpoints)
-    assert last is not None
+    assert last is not None and last.state["world"] == (2 if direction == "taken over" else 1)
     assert_close_tensors(last.tensors["model"], whole.weights)
-    assert summary["decisions"][0]["add"] == whole.summary["decisions"][0]["add"] and summary["workers"] == 2
-    epochs = [r for r in RunFolder.open(folder.uri).records() if r["kind"] == "epoch"]
+    records = folder.records()
+    assert [r["workers"] for r in records if r.get("event") == "resumed"] == [last.state["world"]]
+    epochs = [r for r in records if r["kind"] == "epoch"]
     for one, two in zip(whole.records("epoch"), epochs, strict=True):
         assert two["train"]["samples"] == one["train"]["samples"]
         assert two["train"]["loss"] == pytest.approx(one["train"]["loss"], rel=1e-4)
         assert two["train"]["accuracy"] == pytest.approx(one["train"]["accuracy"], abs=0.01)
+
+
+def test_local_workers_stop_on_a_wish_that_comes_before_they_have_started(corpus: str, tmp_path: Path) -> None:
+    experiment, provenance = resolve(settings(corpus, epochs=500))
+    folder = new_folder(tmp_path, experiment, provenance)
+    with pytest.raises(Interrupted, match=r"stopped \(too late\) in epoch"):
+        run_local([Job(experiment.to_json(), folder.uri)], workers=2, stop=lambda: "too late")
+    assert folder.state() == "interrupted"
+    last = checkpoint.latest(folder.checkpoints)
+    assert last is not None and last.state["world"] == 2
 
 
 def test_a_longer_run_continues_a_shorter_one(run_experiment: Callable[..., Done], corpus: str, tmp_path: Path) -> None:
