@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +34,7 @@ from counterpoise.engine.run import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
+LONG = "epochs=16"
 SPLITS = {"train": 120, "valid": 30, "test": 30}
 
 
@@ -79,8 +84,10 @@ def ray_cluster() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def job(corpus: str, tmp_path: Path) -> Callable[..., Job]:
+@pytest.fixture(scope="module")
+def job(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
+    root = tmp_path_factory.mktemp("runs")
+
     def make(name: str, *sets: str, **more: Any) -> Job:
         content = {
             "corpus": corpus,
@@ -92,7 +99,7 @@ def job(corpus: str, tmp_path: Path) -> Callable[..., Job]:
         }
         experiment, provenance = resolve(content, sets, "test.yaml")
         folder = RunFolder.create(
-            str(tmp_path),
+            str(root),
             name,
             experiment_text=yaml.safe_dump(experiment.to_json()),
             provenance=provenance,
@@ -101,6 +108,14 @@ def job(corpus: str, tmp_path: Path) -> Callable[..., Job]:
         return Job(experiment.to_json(), folder.uri, threads=1, **more)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def plain(job: Callable[..., Job]) -> Job:
+    """A run by two plain processes of torch.distributed."""
+    plain = job("plain", LONG)
+    run_local([plain], workers=2)
+    return plain
 
 
 def ray(*jobs: Job, workers: int, **more: Any) -> list[Any]:
@@ -151,16 +166,15 @@ def test_one_ray_worker_does_what_this_process_does(ray_cluster: None, job: Call
     assert records(there, "decision"), "AUG decided nothing, so nothing about decisions was tested"
 
 
-def test_two_ray_workers_equal_two_plain_ones_even_if_one_is_killed(ray_cluster: None, job: Callable[..., Job]) -> None:
-    long = ("epochs=40",)
-    alone, both = job("alone"), job("both")
-    plain, there, killed = job("plain", *long), job("there", *long), job("killed", *long)
-    run_local([plain], workers=2)
+def test_two_ray_workers_equal_two_plain_ones_even_if_one_is_killed(
+    ray_cluster: None, job: Callable[..., Job], plain: Job
+) -> None:
+    alone, both, there, killed = job("alone"), job("both"), job("by-ray", LONG), job("killed", LONG)
     run_local([alone])
 
     def kill() -> None:
         folder = RunFolder.open(killed.run)
-        wait_for(lambda: folder.read_status().get("epoch", 0) > 5)
+        wait_for(lambda: folder.read_status().get("epoch", 0) > 3)
         os.kill(folder.read_status()["pid"], signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
@@ -180,13 +194,12 @@ def test_two_ray_workers_equal_two_plain_ones_even_if_one_is_killed(ray_cluster:
 
 
 def test_a_run_stops_on_request_and_goes_on_later_and_errors_come_back_as_ours(
-    ray_cluster: None, job: Callable[..., Job]
+    ray_cluster: None, job: Callable[..., Job], plain: Job
 ) -> None:
-    whole, stopped, broken = job("whole", "epochs=40"), job("stopped", "epochs=40"), job("broken", "optim.lr=1e30")
-    run_local([whole], workers=2)
+    stopped, broken = job("stopped", LONG), job("broken", "optim.lr=1e30")
     folder = RunFolder.open(stopped.run)
-    with pytest.raises(Interrupted, match=r"^stopped \(SIGTERM\) in epoch \d+ of 40 .* continue with --resume$"):
-        ray(stopped, workers=2, stop=lambda: "SIGTERM" if folder.read_status().get("epoch", 0) > 5 else None)
+    with pytest.raises(Interrupted, match=r"^stopped \(SIGTERM\) in epoch \d+ of 16 .* continue with --resume$"):
+        ray(stopped, workers=2, stop=lambda: "SIGTERM" if folder.read_status().get("epoch", 0) > 3 else None)
     assert folder.state() == "interrupted"
 
     again = Job(stopped.experiment, stopped.run, resume=True, threads=1)
@@ -195,8 +208,8 @@ def test_a_run_stops_on_request_and_goes_on_later_and_errors_come_back_as_ours(
     assert "\n" not in str(caught.value) and "lower optim.lr" in str(caught.value).lower()
     assert RunFolder.open(broken.run).state() == "failed"
     assert folder.state() == "finished"
-    assert same_bits(whole, stopped)
-    assert records(whole, "epoch", "decision") == records(stopped, "epoch", "decision")
+    assert same_bits(plain, stopped)
+    assert records(plain, "epoch", "decision") == records(stopped, "epoch", "decision")
 
 
 AUGMENT = {"picture": ["flip", {"name": "shift", "pixels": 1}], "weak": [{"name": "noise", "std": 0.1}]}
@@ -232,3 +245,39 @@ def test_an_error_in_a_decoding_task_is_ours(ray_cluster: None, corpus: str) -> 
         pytest.raises(DataError, match=r"1 rows cannot be decoded, 0 of 120 are tolerated: train17"),
     ):
         list(data.train_batches(1))
+
+
+def test_ctrl_c_at_the_terminal_writes_a_checkpoint_and_leaves_nothing_behind(corpus: str, tmp_path: Path) -> None:
+    """A command of its own, with a cluster of its own; what is typed reaches the whole process group."""
+    experiment = {"corpus": corpus, "modalities": {"strong": "mlp", "weak": "mlp"}, "method": "aug", "epochs": 500}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(experiment))
+    argv = ["-m", "counterpoise", "train", "long.yaml", "--engine", "ray", "--runs", "runs", "--name", "long"]
+    command = subprocess.Popen(
+        [sys.executable, *argv],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    folder = RunFolder(str(tmp_path / "runs" / "long"))
+    wait_for(lambda: command.poll() is not None or folder.read_status().get("epoch", 0) > 3)
+    os.killpg(command.pid, signal.SIGINT)
+    output, _ = command.communicate(timeout=60)
+
+    assert command.returncode == 130, output
+    assert "a checkpoint is written, continue with --resume" in output.splitlines()[-1]
+    assert not [line for line in output.splitlines() if re.search(r"raylet|Traceback|Warning|pid=|INFO|ray\.", line)]
+    assert folder.state() == "interrupted"
+    assert checkpoint.latest(folder.checkpoints) is not None
+    left = f"counterpoise-ray-{command.pid}-"
+    wait_for(lambda: not any(left in line for line in commands()), 10)
+    assert not list(Path(tempfile.gettempdir()).glob(left + "*"))
+
+
+def commands() -> Iterator[str]:
+    """Command lines of all processes."""
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield place.read_bytes().decode(errors="replace")

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import warnings
@@ -68,6 +69,8 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
         yield _open[-1]
         return
     address = address or os.environ.get("RAY_ADDRESS") or None
+    if address:
+        _check_answers(address)
     folder = None if address else _new_folder()
     quiet = contextlib.nullcontext() if verbose else _quiet()
     with _environment(own=address is None), quiet:
@@ -102,6 +105,19 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
                 ray.shutdown()
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_answers(address: str) -> None:
+    """Raise at once if nobody listens at host:port; Ray itself tries for two minutes and writes to the terminal."""
+    match = re.fullmatch(r"\[?([^/\[\]]+)\]?:(\d+)", address)
+    if match:
+        try:
+            socket.create_connection((match[1], int(match[2])), timeout=10).close()
+        except OSError as error:
+            raise ResourceError(
+                f"no Ray cluster answers at {address} ({error.strerror or error}); start one with `ray start --head`, "
+                "or leave --address (RAY_ADDRESS) out to use one on this machine for the time of the run"
+            ) from None
 
 
 def _facts(ray: Any, own: bool, folder: str) -> Cluster:
@@ -175,7 +191,9 @@ def _own_process_groups() -> Iterator[None]:
 
     Ray's processes must live until the checkpoint is written; they end when we do, whatever happens to us.
     """
-    from ray._private import services
+    from ray._private import services as ray_services
+
+    services: Any = ray_services
 
     start = getattr(services, "ConsolePopen", None)
     if start is None or os.name != "posix":
@@ -191,7 +209,9 @@ def _own_process_groups() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No warnings and no log lines of libraries on the terminal."""
-    import ray._private.worker as driver  # it prints what a raylet reports, whatever log_to_driver says
+    import ray._private.worker as ray_driver
+
+    driver: Any = ray_driver  # it prints what a raylet reports, whatever log_to_driver says
 
     loggers = [logging.getLogger(name) for name in ("ray", "ray.train", "ray.data", "ray.tune", "torch")]
     levels = [logger.level for logger in loggers]

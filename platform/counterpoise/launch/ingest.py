@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 STALL_S = 60.0  # nothing arrived for so long: look whether the cluster has room for a task at all
 SMALL_BYTES = 64 * 2**20  # decoded size of a split that is not worth starting tasks for, which takes 3 to 5 s
 _BLOCK = 256  # rows of a piece when a whole split is decoded
+_BLOCK_BYTES = 8 * 2**20  # a task hands on its pieces whenever it has so much of them (by default 128 MiB)
 _NO_ORDER = np.empty(0, dtype=np.int64)
 
 
@@ -167,9 +168,8 @@ class RayData(LocalData):
                 num_cpus=self._task_cpus(workers),
                 concurrency=min(self.tasks, len(units)),
             )
-            blocks = iter(
-                dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=self.options.prefetch)
-            )
+            # More prefetching would hold the first block back until as many more are there.
+            blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
         number = 0
         with closing(_watched(blocks, self._explain)) as arriving:
             for block in arriving:
@@ -234,14 +234,23 @@ def _merged(units: Iterable[plan.Unit], wanted: int) -> list[plan.Unit]:
 def _settings(ray: Any) -> Iterator[None]:
     """Ray Data keeps the order and the terminal clean; settings are copied into a dataset when it is made."""
     context = ray.data.DataContext.get_current()
-    before = (context.enable_progress_bars, context.execution_options.preserve_order)
+    before = (
+        context.enable_progress_bars,
+        context.execution_options.preserve_order,
+        context.target_max_block_size,
+    )
     context.enable_progress_bars = False
+    context.target_max_block_size = _BLOCK_BYTES
     context.execution_options.preserve_order = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield
     finally:
-        context.enable_progress_bars, context.execution_options.preserve_order = before
+        (
+            context.enable_progress_bars,
+            context.execution_options.preserve_order,
+            context.target_max_block_size,
+        ) = before
 
 
 def _watched(blocks: Iterator[Any], explain: Callable[[], None]) -> Generator[Any, None, None]:

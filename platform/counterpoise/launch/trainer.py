@@ -51,5 +51,6 @@ class Trainer(TorchTrainer):
         config: Any = self.run_config.failure_config
         kwargs["failure_policy"] = Policy(config)
         if self._trimmed:
-            kwargs["scaling_policy"] = Steady(self.scaling_config)
+            scaling: Any = self.scaling_config
+            kwargs["scaling_policy"] = Steady(scaling)
         return super()._initialize_and_run_controller(**kwargs)  # type: ignore[misc]
