@@ -352,7 +352,8 @@ class Trainer:
                 known.append(row["sample_id"])
                 new.append(row)
         if new and self.folder is not None:
-            self.folder.append_ledger(new)
+            written = {(row["split"], row["sample_id"]) for row in self.folder.ledger()}  # before a crash
+            self.folder.append_ledger([row for row in new if (row["split"], row["sample_id"]) not in written])
             self._record({"kind": "event", "event": "skipped_rows", "count": len(new), "first": new[0]})
 
     def _check_count(self, split: str, samples: int) -> None:
