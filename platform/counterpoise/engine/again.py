@@ -14,6 +14,20 @@ from counterpoise.engine.evaluate import predict, prediction_columns
 from counterpoise.engine.job import chosen_device, open_data
 from counterpoise.engine.loop import load_model, make_method, make_network
 from counterpoise.engine.run import RunFolder
+from counterpoise.storage import join
+
+
+def _selected(folder: RunFolder) -> checkpoint.Checkpoint:
+    """The weights of the epoch that the run selected, as its last checkpoint has it.
+
+    The newest folder in best/ may be another one: of an epoch that a crash undid and the resumed run did not select.
+    """
+    last = checkpoint.latest(folder.checkpoints)
+    name = last.state["progress"]["best_name"] if last else ""
+    best = checkpoint.load(join(folder.best, name)) if name else checkpoint.latest(folder.best)
+    if best is None:
+        raise DataError(f"run {folder.name} has no finished epoch yet")
+    return best
 
 
 def evaluate_run(run: str, split: str = "test", corpus: str | None = None, device: str = "auto") -> dict[str, Any]:
@@ -25,9 +39,7 @@ def evaluate_run(run: str, split: str = "test", corpus: str | None = None, devic
     experiment, _ = resolve(parse_yaml(folder.experiment_text, folder.at("experiment.yaml")))
     if corpus is not None:
         experiment = experiment.model_copy(update={"corpus": corpus})
-    best = checkpoint.latest(folder.best)
-    if best is None:
-        raise DataError(f"run {folder.name} has no finished epoch yet")
+    best = _selected(folder)
     place = torch.device(chosen_device(device))
     comm = SingleComm()
     data = open_data(experiment, state=folder.manifest.get("preprocessing"))
