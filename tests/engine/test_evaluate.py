@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.conftest import Done, settings, write_corpus
+from tests.conftest import Done, new_folder, settings, write_corpus
 
 from counterpoise.contracts import DataError, RefusedError
+from counterpoise.engine import checkpoint
 from counterpoise.engine.again import evaluate_run
 from counterpoise.engine.comm import SingleComm
 from counterpoise.engine.evaluate import Accumulator, Predictions, predict, split_stats
@@ -83,7 +84,7 @@ def test_a_finished_run_evaluated_again_gives_its_own_numbers(trained: Done) -> 
     assert len(saved["label"]) == 60 and saved["logits_fused"].shape == (60, 4)
 
 
-def test_a_run_is_evaluated_on_another_corpus(trained: Done, tmp_path: Any) -> None:
+def test_a_run_is_evaluated_on_another_corpus(trained: Done, tmp_path: Path) -> None:
     other = write_corpus(tmp_path / "other", rows={"train": 40, "valid": 8, "test": 20})
     found = evaluate_run(trained.folder.uri, "test", other, device="cpu")
     assert found["samples"] == 20 and found["corpus"] == other
@@ -92,6 +93,22 @@ def test_a_run_is_evaluated_on_another_corpus(trained: Done, tmp_path: Any) -> N
 def test_a_corpus_with_other_modalities_is_refused(trained: Done, corpus_with_media: str) -> None:
     with pytest.raises((DataError, RefusedError, ValueError), match="no modality 'weak'"):
         evaluate_run(trained.folder.uri, "test", corpus_with_media, device="cpu")
+
+
+def test_an_epoch_that_a_crash_undid_is_not_evaluated(trained: Done) -> None:
+    """It may still lie in best/, and be the newest there."""
+    lost = {"format": 1, "epoch": 9, "architecture": trained.last.state["architecture"], "classifiers": {}}
+    weights = {name: torch.zeros_like(value) for name, value in trained.weights.items()}
+    checkpoint.save(trained.folder.best, "epoch-00009", {"model": weights}, lost, keep=9)
+    found = evaluate_run(trained.folder.uri, "test", device="cpu")
+    assert found["epoch"] == trained.summary["selected_epoch"]
+    assert found["accuracy"] == trained.summary["test"]["accuracy"]
+
+
+def test_a_run_without_an_epoch_cannot_be_evaluated(trained: Done, tmp_path: Path) -> None:
+    folder = new_folder(tmp_path, trained.experiment, {})
+    with pytest.raises(DataError, match="has no finished epoch yet"):
+        evaluate_run(folder.uri, "test", device="cpu")
 
 
 def test_evaluating_changes_nothing(trained: Done) -> None:

@@ -410,6 +410,24 @@ def test_rows_that_do_not_decode_are_written_down_and_left_out(
         assert [e["count"] for e in done.records("event")] == [1, 1, 1]
 
 
+def test_the_ledger_names_a_row_once_also_after_a_crash(
+    run_experiment: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"train": 48, "valid": 16, "test": 16}
+    change = break_pictures({"train": (5,), "valid": (2,)})
+    place = write_corpus(tmp_path / "broken", modalities=("strong",), media=True, rows=rows, change=change)
+    content = settings(place, epochs=2)
+    experiment, provenance = resolve(content)
+    folder = new_folder(tmp_path, experiment, provenance)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="pulled"):
+        patch.setattr(loop.Trainer, "_save_best", lambda self: (_ for _ in ()).throw(OSError("pulled the plug")))
+        run_experiment(content, folder=folder)
+    assert folder.state() == "failed"
+    done = run_experiment(content, folder=folder, resume=True)
+    assert [row["sample_id"] for row in done.folder.ledger()] == ["train-0005", "valid-0002"]
+    assert [e["count"] for e in done.records("event")] == [1, 1]
+
+
 def test_more_rows_than_tolerated_stop_the_run(run_experiment: Callable[..., Done], tmp_path: Path) -> None:
     place = write_corpus(
         tmp_path / "broken",
