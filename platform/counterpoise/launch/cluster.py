@@ -76,6 +76,9 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
     with _environment(own=address is None), quiet:
         import ray
 
+        if ray.is_initialized():  # by whoever calls this as a library
+            yield _facts(ray, own=False, folder=tempfile.gettempdir())
+            return
         level = logging.INFO if verbose else logging.CRITICAL
         options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level}
         if address:
@@ -93,6 +96,8 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
             with _signals_kept(), _own_process_groups():
                 ray.init(**options)
         except Exception as error:  # Ray raises many kinds here
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
             text = (str(error).strip().splitlines() or [type(error).__name__])[0]
             wish = f"connect to the Ray cluster at {address}" if address else "start Ray on this machine"
             raise ResourceError(f"cannot {wish}: {text}") from None
@@ -103,7 +108,7 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
             _open.clear()
             with _ignored_errors():
                 ray.shutdown()
-            if folder:
+            if folder and not verbose:  # Ray's logs; the next start removes what is left
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from counterpoise.contracts import CounterpoiseError, ResourceError
 from counterpoise.data import plan
-from counterpoise.data.loader import LocalData, in_background
+from counterpoise.data.loader import LocalData
 from counterpoise.data.units import Decoded, decode_unit, read_window
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class RayData(LocalData):
         return max(1, math.ceil((len(self.bounds()) - 1) / wanted))
 
     def _decoded_batches(self, split: str, units: Iterable[plan.Unit]) -> Generator[Decoded, None, None]:
-        return in_background(self._pipeline(split, list(units), self.world), self.options.prefetch)
+        return self._pipeline(split, list(units), self.world)
 
     # cached
 

@@ -13,9 +13,10 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from counterpoise import storage
 from counterpoise.contracts import ConfigError, CounterpoiseError, Interrupted, ResourceError
 from counterpoise.engine.job import Job
-from counterpoise.engine.run import RunFolder
+from counterpoise.engine.run import LOCK, RunFolder
 from counterpoise.launch.cluster import Cluster, cluster
 
 TIMEOUT_S = 1800.0  # of a collective: an epoch's slowest evaluation or checkpoint lies below it
@@ -152,7 +153,9 @@ def _ours(error: BaseException, folders: Sequence[RunFolder]) -> BaseException:
         else:
             dead = ", ".join(str(r) for r, f in sorted(error.worker_failures.items()) if not isinstance(f, WorkerLost))
             who = f"worker {dead} died" if dead else "a worker died"
-            found = CounterpoiseError(f"{who} (killed, or out of memory) too often; continue with --resume")
+            found = CounterpoiseError(
+                f"{who} (killed, or out of memory) and was not replaced any more; continue with --resume"
+            )
     elif isinstance(error, ControllerError):
         line = (str(error.controller_failure).strip().splitlines() or ["unknown"])[0]
         found = ResourceError(f"Ray could not start the workers: {line}")
@@ -173,6 +176,7 @@ def _ours(error: BaseException, folders: Sequence[RunFolder]) -> BaseException:
 def _note(folder: RunFolder, text: str) -> None:
     """Write the failure down, if the worker that held the run could not."""
     if folder.read_status().get("state") == "running" and not folder.is_locked():
+        storage.delete(folder.at(LOCK))  # the worker's, which is dead
         with folder:
             folder.append({"kind": "event", "event": "failed", "error": text})
             folder.write_status({**folder.read_status(), "state": "failed", "error": text}, force=True)
