@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from counterpoise.data.index import SplitIndex
 
 STALL_S = 60.0  # nothing arrived for so long: look whether the cluster has room for a task at all
-SMALL_BYTES = 64 * 2**20  # decoded size of a split that is not worth starting tasks for, which takes 3 to 5 s
 _BLOCK = 256  # rows of a piece when a whole split is decoded
 _BLOCK_BYTES = 8 * 2**20  # a task hands on its pieces whenever it has so much of them (by default 128 MiB)
 _NO_ORDER = np.empty(0, dtype=np.int64)
@@ -137,8 +136,6 @@ class RayData(LocalData):
     def _decoded_rows(self, split: str) -> Generator[Decoded, None, None]:
         index = self.indexes[split]
         units = plan.evaluation_units(split, index.group_pairs, index.group_sizes, block=_BLOCK)
-        if self.decoded_bytes() <= SMALL_BYTES:
-            return super()._decoded_batches(split, units)
         return self._pipeline(split, _merged(units, 4 * self.tasks), 1)
 
     def close(self) -> None:
