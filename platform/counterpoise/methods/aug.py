@@ -173,14 +173,16 @@ class AUGConfig(MethodConfig):
     weight: float = Field(0.5, gt=0, description="the fixed weight (Table 6: 0.75, 0.5, 0.25)")
     train_new_classifiers: bool = Field(
         True,
-        description="train classifiers that ACA adds (paper's text); false: frozen, as the released code does by mistake",
+        description="train classifiers that ACA adds (paper's text); "
+        "false: frozen, as the released code does by mistake",
     )
     new_classifiers: Literal["xavier", "zero"] = Field(
         "xavier", description="start of Layer1 of added classifiers (released: xavier)"
     )
     fusion_weights: dict[str, float] = Field(
         {},
-        description="alpha_m of the prediction; default 1/M each (released: audio 0.4, video 0.6 on CREMA-D and Kinetics-Sounds)",
+        description="alpha_m of the prediction; default 1/M each "
+        "(released: audio 0.4, video 0.6 on CREMA-D and Kinetics-Sounds)",
     )
 
 
