@@ -9,8 +9,9 @@ import os
 import socket
 import subprocess
 import sys
+import uuid
 import wave
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from counterpoise.engine.run import RunFolder
 CLASSES = ("flute", "oboe", "horn", "harp")
 SEPARATION = {"strong": 1.2, "weak": 0.35, "third": 0.7}  # distance of class centres in units of the noise
 WIDTHS = {"strong": 12, "weak": 12, "third": 8}
+SECRET = "canary-9f31c0"  # of the object storage in tests; must never be written anywhere
 ROWS = {"train": 240, "valid": 60, "test": 60}
 
 torch.set_num_threads(1)
@@ -221,6 +223,41 @@ def run_experiment(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return Done(RunFolder.open(folder.uri), experiment, summary)
 
     return run
+
+
+# --- object storage on loopback
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """The endpoint of an S3 server in this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def bucket(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """s3://NAME of a new bucket, with credentials in the environment."""
+    import fsspec
+
+    from counterpoise import storage
+
+    for name in [n for n in os.environ if n.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", moto)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    name = f"bucket-{uuid.uuid4().hex}"
+    storage.filesystem("s3://x")[0].mkdir(name)
+    yield f"s3://{name}"
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 # --- what is trained in several tests

@@ -53,7 +53,7 @@ def test_the_method_shown_is_the_method_shipped() -> None:
     shown = next(block for block in blocks("python") if "class Late(" in block)
     shipped = (ROOT / "platform/counterpoise/methods/late.py").read_text()
     body = shown.split('"""')[-1].split("return {")[1].strip()
-    assert body.replace("batch[\"label\"]", "batch[LABEL]") in shipped
+    assert body.replace('batch["label"]', "batch[LABEL]") in shipped
 
 
 def test_pictures_and_named_files_exist() -> None:

@@ -80,16 +80,6 @@ def test_places_are_shown_without_passwords():
 # works
 
 
-@pytest.fixture(scope="module")
-def moto():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
 def use_server(monkeypatch, endpoint: str) -> None:
     for name in [n for n in os.environ if n.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -98,15 +88,6 @@ def use_server(monkeypatch, endpoint: str) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-
-
-@pytest.fixture
-def bucket(moto, monkeypatch):
-    use_server(monkeypatch, moto)
-    name = f"bucket-{time.time_ns()}"
-    fs, _ = storage.filesystem("s3://x")
-    fs.mkdir(name)
-    return f"s3://{name}"
 
 
 @pytest.mark.s3

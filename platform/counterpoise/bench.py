@@ -163,7 +163,7 @@ def _timed(run: Callable[[], None], device: torch.device) -> float:
 def render(result: dict[str, Any]) -> str:
     head = (
         f"{result['encoder']} twice, batch {result['batch_size']}, inputs {result['size']} x {result['size']}, "
-        f"{result['rounds']} alternating rounds on {result['device']} ({result['machine']}, {result['threads']} threads)"
+        f"{result['rounds']} rounds in turn on {result['device']} ({result['machine']}, {result['threads']} threads)"
     )
     lines = [head, f"{'':22}  median    ratio to encoders alone (quartiles)"]
     for row in result["rows"]:

@@ -16,30 +16,6 @@ from .conftest import CARD
 pytestmark = [pytest.mark.s3, pytest.mark.filterwarnings("default")]  # servers and clients warn of their own
 
 
-@pytest.fixture
-def bucket(monkeypatch, request):
-    import fsspec
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}",
-    }.items():
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    name = request.node.name.replace("_", "-")[-40:].strip("-")  # buckets outlive a server in the same process
-    fs, _ = storage.filesystem(f"s3://{name}")
-    fs.mkdir(name)
-    yield f"s3://{name}"
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
-
-
 def test_a_corpus_in_object_storage_is_the_same_as_on_disk(bucket, tiny, rows):
     for split, part in rows.items():
         write_shards(part, f"{bucket}/tiny", split, num_shards=2, row_group_size=8)

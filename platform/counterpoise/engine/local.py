@@ -74,7 +74,7 @@ def _spawn(jobs: Sequence[Job], workers: int, stop: Callable[[], str | None] | N
         for process in processes:
             process.join(timeout=5)
             if process.is_alive():
-                process.terminate()
+                process.kill()
                 process.join()
     receive()
     if errors:
@@ -86,8 +86,9 @@ def _spawn(jobs: Sequence[Job], workers: int, stop: Callable[[], str | None] | N
 
 
 def _worker(jobs: list[Job], rank: int, world: int, port: int, results: Any) -> None:
-    """One process of a local group. Signals typed at the terminal are the parent's to handle."""
+    """One process of a local group. Signals to the process group are the parent's to handle: it asks for a stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
