@@ -65,12 +65,20 @@ def test_resnet18_has_the_published_size(channels: int, parameters: int) -> None
     assert module.width == 512
 
 
-def test_frames_are_encoded_one_by_one_and_averaged() -> None:
-    module = build_encoder(SPECS["frames"], EncoderConfig(name="cnn"))
+def test_resnet18_takes_frames_one_by_one_and_averages() -> None:
+    spec = InputSpec("frames", (4, 3, 32, 32))
+    module = build_encoder(spec, EncoderConfig(name="resnet18")).eval()
     assert isinstance(module, Frames)
-    clip = example(SPECS["frames"])
+    clip = example(spec, 2)
     one_by_one = torch.stack([module.encoder(clip[:, t]) for t in range(4)]).mean(dim=0)
-    torch.testing.assert_close(module(clip), one_by_one, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(module(clip), one_by_one, atol=1e-5, rtol=1e-4)
+
+
+def test_the_small_cnn_knows_the_order_of_frames() -> None:
+    module = build_encoder(SPECS["frames"], EncoderConfig(name="cnn"))
+    clip = example(SPECS["frames"])
+    assert module(clip).shape == (len(clip), module.width)
+    assert not torch.allclose(module(clip), module(clip.flip(1)), atol=1e-3)
 
 
 @pytest.mark.parametrize("norm", ["group", "batch", "none"])
