@@ -263,6 +263,7 @@ def test_ctrl_c_at_the_terminal_writes_a_checkpoint_and_leaves_nothing_behind(co
     )
     folder = RunFolder(str(tmp_path / "runs" / "long"))
     wait_for(lambda: command.poll() is not None or folder.read_status().get("epoch", 0) > 3)
+    assert command.poll() is None, command.communicate()[0]
     os.killpg(command.pid, signal.SIGINT)
     output, _ = command.communicate(timeout=60)
 

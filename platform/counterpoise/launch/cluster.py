@@ -41,6 +41,7 @@ _OWN = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: training would come to a halt beside any other program
     "OMP_NUM_THREADS": "1",
 }
 _PREFIX = "counterpoise-ray-"
