@@ -217,12 +217,14 @@ class Trainer:
 
     def _non_finite_text(self, names: list[str], phase: str, culprits: list[Any], step: int | None = None) -> str:
         found = next((c for c in culprits if c), None)
+        kept = checkpoint.committed(self.folder.checkpoints) if self.folder is not None else []
         where = f"epoch {self.progress.epoch}, step {self.progress.step if step is None else step}"
         return (
             f"loss {', '.join(names)} is not finite in {where}"
             + (f", phase {phase}" if phase and phase != "joint" else "")
             + (f"; first seen in the {found}" if found else "")
-            + "; the last good checkpoint is kept. Lower optim.lr, or check the data of that modality."
+            + (f"; checkpoint {kept[-1]} is kept" if kept else "")
+            + ". Lower optim.lr, or check the data of that modality."
         )
 
     # --- one epoch

@@ -159,6 +159,9 @@ def end_line(name: str, state: str, summary: Mapping[str, Any] | None = None) ->
     return ", ".join(parts)
 
 
+ENDINGS = ("failed", "interrupted")  # shown as the state a run ends in; the command says the reason
+
+
 def event_line(record: Record) -> str:
     """Anything else that happened, in one line."""
     free = {k: v for k, v in record.items() if k not in ("seq", "time", "kind", "event")}
@@ -388,7 +391,7 @@ def _show_kind(record: Record, kind: Any, show: _Display) -> None:
         show.epoch(record)
     elif kind == "decision":
         show.line(decision_line(record), "bold yellow" if record.get("add") else "dim")
-    elif kind == "event":
+    elif kind == "event" and record.get("event") not in ENDINGS:
         show.line(event_line(record), "dim")
 
 
