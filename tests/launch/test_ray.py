@@ -215,6 +215,37 @@ def test_a_run_stops_on_request_and_goes_on_later_and_errors_come_back_as_ours(
 AUGMENT = {"picture": ["flip", {"name": "shift", "pixels": 1}], "weak": [{"name": "noise", "std": 0.1}]}
 
 
+def listening(root: int) -> dict[str, str]:
+    """Sockets on which `root` and the processes below it listen: inode -> address in hex, as /proc has it."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    family = {root}
+    while grown := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= grown
+    ours = set()
+    for pid in family:
+        with contextlib.suppress(OSError):
+            ours |= {os.readlink(fd) for fd in Path("/proc", str(pid), "fd").iterdir()}
+    sockets = {}
+    for name in ("tcp", "tcp6"):
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in ours:
+                sockets[fields[9]] = fields[1].rpartition(":")[0]
+    return sockets
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads /proc")
+def test_a_cluster_of_our_own_listens_on_loopback_and_wants_its_token(ray_cluster: None) -> None:
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    found = set(listening(os.getpid()).values())
+    assert found and found <= loopback
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert Path(os.environ["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("cache", ["off", "on"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_batches_of_ray_data_are_those_of_local_data(ray_cluster: None, corpus: str, cache: str, world: int) -> None:

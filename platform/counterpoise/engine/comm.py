@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -85,10 +86,24 @@ def backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def join_group(device: torch.device, timeout_s: float = 600) -> None:
-    """Start the process group that torchrun or our own launcher described in the environment."""
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group(backend(device), timeout=timedelta(seconds=timeout_s))
+def join_group(
+    device: torch.device,
+    rank: int | None = None,
+    world: int | None = None,
+    meeting: str | None = None,
+    timeout_s: float = 600,
+) -> None:
+    """Start the process group of this machine's workers, who meet in the file `meeting`; or the one that torchrun
+    described in the environment. Collectives that wait longer than `timeout_s` fail."""
+    timeout = timedelta(seconds=timeout_s)
+    if meeting is not None:  # no listener besides gloo's, and that on loopback
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        assert rank is not None and world is not None
+        dist.init_process_group(
+            backend(device), init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timeout
+        )
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(backend(device), timeout=timeout)
 
 
 def current_comm() -> SingleComm | TorchComm:

@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,12 +37,11 @@ def _spawn(jobs: Sequence[Job], workers: int, stop: Callable[[], str | None] | N
     from counterpoise.engine.run import RunFolder
 
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    folder = tempfile.TemporaryDirectory(prefix="counterpoise-")
+    meeting = os.path.join(folder.name, "meeting")
     results = context.SimpleQueue()
     processes = [
-        context.Process(target=_worker, args=(list(jobs), rank, workers, port, results), name=f"worker-{rank}")
+        context.Process(target=_worker, args=(list(jobs), rank, workers, meeting, results), name=f"worker-{rank}")
         for rank in range(workers)
     ]
     for process in processes:
@@ -76,6 +75,7 @@ def _spawn(jobs: Sequence[Job], workers: int, stop: Callable[[], str | None] | N
             if process.is_alive():
                 process.kill()
                 process.join()
+        folder.cleanup()
     receive()
     if errors:
         raise min(errors, key=lambda error: not isinstance(error, CounterpoiseError))
@@ -85,13 +85,10 @@ def _spawn(jobs: Sequence[Job], workers: int, stop: Callable[[], str | None] | N
     return summaries
 
 
-def _worker(jobs: list[Job], rank: int, world: int, port: int, results: Any) -> None:
+def _worker(jobs: list[Job], rank: int, world: int, meeting: str, results: Any) -> None:
     """One process of a local group. Signals to the process group are the parent's to handle: it asks for a stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
     import torch
     import torch.distributed as dist
 
@@ -101,7 +98,7 @@ def _worker(jobs: list[Job], rank: int, world: int, port: int, results: Any) -> 
     if device.type == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     try:
-        join_group(device)
+        join_group(device, rank, world, meeting)
         for job in jobs:
             summary = execute(job, current_comm())
             if summary is not None:

@@ -12,9 +12,11 @@ import functools
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import warnings
@@ -37,7 +39,9 @@ _ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 _OWN = {
-    "RAY_AUTH_MODE": "disabled",  # a throw-away cluster on loopback
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what Ray does on those: all servers on loopback
+    "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    "RAY_AUTH_MODE": "token",  # other users of this machine reach loopback too
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -74,7 +78,7 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
         _check_answers(address)
     folder = None if address else _new_folder()
     quiet = contextlib.nullcontext() if verbose else _quiet()
-    with _environment(own=address is None), quiet:
+    with _environment(folder), quiet:
         import ray
 
         if ray.is_initialized():  # by whoever calls this as a library
@@ -160,12 +164,19 @@ def _new_folder() -> str:
 
 
 @contextlib.contextmanager
-def _environment(own: bool) -> Iterator[None]:
-    """Ray's settings in the environment while it runs. Credentials (AWS_*) reach its processes by inheritance."""
-    wanted = {**_ALWAYS, **(_OWN if own else {})}
+def _environment(folder: str | None) -> Iterator[None]:
+    """Ray's settings in the environment while it runs. Credentials (AWS_*) reach its processes by inheritance.
+
+    folder: of a cluster of our own, which gets a token of its own there.
+    """
+    wanted = {**_ALWAYS, **(_OWN if folder else {})}
+    if folder and not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        wanted["RAY_AUTH_TOKEN_PATH"] = os.path.join(folder, "token")
+        with open(os.open(wanted["RAY_AUTH_TOKEN_PATH"], os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
     before = {name: os.environ.get(name) for name in (*wanted, "PYTHONDONTWRITEBYTECODE")}
     os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
-    if own:
+    if folder:
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process compiles everything
     try:
         yield
