@@ -53,6 +53,7 @@ ENVIRONMENT = {
     "WORLD_SIZE": "processes of a group, as torchrun sets it",
     "RANK": "number of this process in its group",
     "LOCAL_RANK": "number of this process on its machine",
+    "GLOO_SOCKET_IFNAME": "network interface of collectives",
     "MASTER_ADDR": "where the group meets",
     "MASTER_PORT": "where the group meets",
     "RAY_ADDRESS": "Ray cluster to use",
