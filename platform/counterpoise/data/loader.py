@@ -122,8 +122,13 @@ class LocalData:
             rank=self.rank,
             world=self.world,
             start=start,
+            max_batches=self._batches_of_a_unit(),
         )
         return self._batches("train", units, epoch)
+
+    def _batches_of_a_unit(self) -> int | None:
+        """At most so many batches are one unit of work; None: all of a window."""
+        return None
 
     def batches(self, split: str) -> Iterator[Batch]:
         """This worker's blocks of a split, without augmentation. Blocks are `batch_size` rows on any number of

@@ -29,7 +29,6 @@ from counterpoise.data.loader import LocalData
 from counterpoise.data.units import Decoded, decode_unit, read_window
 
 if TYPE_CHECKING:
-    from counterpoise.contracts import Batch
     from counterpoise.data.decode import Decoder
     from counterpoise.data.index import SplitIndex
 
@@ -81,25 +80,10 @@ class RayData(LocalData):
 
     # streaming
 
-    def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        index = self._index("train")
-        units = plan.rank_units(
-            "train",
-            index.group_pairs,
-            index.group_sizes,
-            seed=self.seed,
-            epoch=epoch,
-            batch_size=self.batch_size,
-            shuffle_window=self.options.shuffle_window,
-            rank=self.rank,
-            world=self.world,
-            start=start,
-            max_batches=None if self.cached else self._batches_of_a_unit(),
-        )
-        return self._batches("train", units, epoch)
-
     def _batches_of_a_unit(self) -> int | None:
         """None where an epoch has windows enough to keep all tasks busy; else windows are cut, and read repeatedly."""
+        if self.cached:
+            return None
         num_rows = len(self._index("train"))
         num_windows = max(1, num_rows // self.options.shuffle_window)
         wanted = 3 * self.tasks
