@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tests.cases import ALONE, CASES, SMALL_ENCODERS, STOPS, WIDTHS
 
 from counterpoise.config import Experiment, resolve
 from counterpoise.contracts import DataSource, Interrupted, Record
@@ -32,7 +33,6 @@ from counterpoise.engine.run import RunFolder
 
 CLASSES = ("flute", "oboe", "horn", "harp")
 SEPARATION = {"strong": 1.2, "weak": 0.35, "third": 0.7}  # distance of class centres in units of the noise
-WIDTHS = {"strong": 12, "weak": 12, "third": 8}
 SECRET = "canary-9f31c0"  # of the object storage in tests; must never be written anywhere
 ROWS = {"train": 240, "valid": 60, "test": 60}
 
@@ -145,7 +145,6 @@ BASE: dict[str, Any] = {
     "epochs": 3,
     "data": {"decode_threads": 1, "cache": "on"},
 }
-SMALL_ENCODERS = {m: {"name": "mlp", "hidden": 16, "width": 8} for m in WIDTHS}
 
 
 def settings(corpus: str, **changes: Any) -> dict[str, Any]:
@@ -262,41 +261,12 @@ def bucket(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 # --- what is trained in several tests
 
-SMALL_AUG = {"name": "aug", "hidden": 16, "check_every": 1}
-PICTURES = {name: {"name": "cnn", "channels": [4, 6], "width": 8, "norm": "batch"} for name in ("image", "sound")}
-
-
-def variants(corpus: str, corpus_of_three: str, corpus_with_media: str) -> dict[str, dict[str, Any]]:
-    """Experiments, by a word for what is special about them, that every promise of the loop is tried on."""
-    media = {"modalities": PICTURES, "batch_size": 16}
-    return {
-        "joint": settings(corpus),
-        "joint-sum": settings(corpus, method={"name": "joint", "head": "sum"}),
-        "late": settings(corpus, method="late"),
-        "unimodal": settings(corpus, method={"name": "unimodal", "modality": "weak"}),
-        "aug": settings(corpus, method=SMALL_AUG),
-        "aug-learned-weights": settings(corpus, method={**SMALL_AUG, "weights": "learned"}),
-        "aug-fixed-weights": settings(corpus, method={**SMALL_AUG, "weights": "fixed", "weight": 0.25}),
-        "aug-fixed-assignment": settings(corpus, method={**SMALL_AUG, "assign": "fixed", "classifiers": {"weak": 3}}),
-        "aug-frozen": settings(corpus, method={**SMALL_AUG, "train_new_classifiers": False}),
-        "aug-of-three": settings(corpus_of_three, method={**SMALL_AUG, "weights": "learned"}),
-        "adam-cosine": settings(
-            corpus, method=SMALL_AUG, optim={"name": "adam", "lr": 0.005, "schedule": {"name": "cosine", "warmup": 1}}
-        ),
-        "legacy-steps": settings(corpus, method=SMALL_AUG, optim={"legacy_zero_grad_step": True}),
-        "dropout": settings(corpus, modalities={m: {**SMALL_ENCODERS[m], "dropout": 0.3} for m in ("strong", "weak")}),
-        "streaming-noise": settings(
-            corpus, data={"cache": "off", "augment": {"weak": [{"name": "noise", "std": 0.2}]}, "shuffle_window": 50}
-        ),
-        "batch-norm": settings(corpus_with_media, **media),
-        "local-batch-norm": settings(corpus_with_media, **media, batch_norm="local"),
-        "large-batches": settings(corpus, batch_size=120, method=SMALL_AUG),  # valid and test are less than one
-    }
-
 
 @pytest.fixture(scope="session")
 def experiments(corpus: str, corpus_of_three: str, corpus_with_media: str) -> dict[str, dict[str, Any]]:
-    return variants(corpus, corpus_of_three, corpus_with_media)
+    """Every case of `tests/cases.py` as an experiment."""
+    places = {"pair": corpus, "three": corpus_of_three, "media": corpus_with_media}
+    return {name: settings(places[place], **changes) for name, (place, changes) in CASES.items()}
 
 
 @pytest.fixture(scope="session")
@@ -310,10 +280,6 @@ def finished(experiments: dict[str, dict[str, Any]], run_experiment: Run) -> Cal
         return made[name]
 
     return one
-
-
-ALONE = {"joint-sum", "aug-fixed-weights", "aug-fixed-assignment", "aug-frozen", "dropout"}  # nothing new with two
-STOPS = {"aug-learned-weights": [4, 9], "local-batch-norm": [4], "aug": [7]}
 
 
 @pytest.fixture(scope="session")
@@ -365,7 +331,7 @@ def two_ranks(
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
+    errors = [process.communicate(timeout=280)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
     first, second = (torch.load(place / f"rank-{rank}.pt", weights_only=False) for rank in range(2))
     return first, second

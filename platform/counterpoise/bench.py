@@ -56,7 +56,7 @@ class _OneBatch:
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         yield self.batch
 
-    def batches(self, split: str) -> Iterator[Batch]:
+    def batches(self, split: str, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         yield self.batch
 
     def skipped(self) -> list[dict[str, Any]]:

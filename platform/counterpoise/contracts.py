@@ -5,9 +5,9 @@ Shape letters, the same everywhere: B batch, K classes, D width, M modalities, T
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +18,10 @@ Batch = dict[str, "Tensor"]
 
 # One line of records.jsonl, the truth that every table, picture and gauge is drawn from. All have `seq` (0, 1, ...),
 # `time` (Unix seconds) and `kind`:
-#   start     run, method, corpus, modalities, classes (names), epochs, batches (per epoch), samples {split: n},
-#             parameters, workers, device, seed
-#   epoch     epoch (1-based), lr, train {loss, losses {term: mean}, accuracy {fused, <modality>}, score {<modality>}},
+#   start     run, method, corpus, modalities, classes (names), epochs (of all stages), stages [{name, epochs}],
+#             batches (per epoch), samples {split: n}, parameters, workers, device, seed
+#   epoch     epoch (1-based), stage (its name), lr,
+#             train {loss, losses {term: mean}, accuracy {fused, <modality>}, score {<modality>}}: what was computed,
 #             valid {loss, accuracy {fused, <modality>}, score} or null, gap (valid; best minus worst modality),
 #             classifiers {<modality>: n} or {}, coefficients {name: mean}, best_epoch,
 #             seconds, data_wait_s, samples_per_s
@@ -92,16 +93,42 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A stretch of epochs with one purpose. Most methods have a single one, "train", as long as the run.
+
+    name: may repeat. epochs: at least 1.
+    fresh_optimizer: momentum and moments are forgotten when it begins.
+    own_schedule: the schedule of the learning rate spans this stage alone. Otherwise it spans all stages of that
+        kind together, and a stage aside takes the rates that the epochs it precedes would have.
+    begin: the weights it begins with: the last, or those of the epoch selected so far.
+    aside: a rehearsal. Network and optimizer are put back afterwards, and its epochs are never selected.
+    selectable: its epochs may become the tested one.
+    """
+
+    name: str
+    epochs: int
+    fresh_optimizer: bool = False
+    own_schedule: bool = False
+    begin: Literal["last", "best"] = "last"
+    aside: bool = False
+    selectable: bool = True
+
+
+@dataclass(frozen=True)
 class Step:
     """Where in the run an update stands. All counts are of the whole run, not of one worker."""
 
-    epoch: int  # 1-based
+    epoch: int  # 1-based, over all stages
     batch: int  # 0-based within the epoch
     index: int  # 0-based over the run
     phase: str  # which of the batch's updates this is
     batch_size: int  # samples of the global batch, over all workers
     share: float  # this worker's part of the global batch, 0..1; shares of all workers add up to 1
-    rng: torch.Generator  # equal on every worker; draw anything that replicas must agree on from here
+    rng: torch.Generator  # on the CPU, equal on every worker; draw anything that replicas must agree on from here
+    start: int = 0  # where this worker's rows begin in the global batch
+    num_batches: int = 1  # of the epoch
+    stage: Stage = Stage("train", 1)
+    stage_epoch: int = 1  # 1-based within the stage
 
 
 @dataclass
@@ -136,6 +163,36 @@ class EpochStats:
     epoch: int
     train: SplitStats
     valid: SplitStats | None
+    stage: str = "train"
+
+    @property
+    def held_out(self) -> SplitStats:
+        """Valid, or train where the corpus has no valid split."""
+        return self.valid or self.train
+
+
+@dataclass(frozen=True)
+class EpochContext:
+    """What a method may look at before an epoch begins and after it has ended. Never the test split.
+
+    epoch, stage, stage_epoch: the epoch that begins or has ended, as in `Step`.
+    history: all epochs that have ended, with sums over all workers: equal on every worker.
+    read: `batches` below, as the loop provides it.
+    """
+
+    epoch: int
+    stage: Stage
+    stage_epoch: int
+    history: Sequence[EpochStats]
+    read: Callable[[str, float], Iterator[Batch]]
+
+    def batches(self, split: Literal["train", "valid"], fraction: float = 1.0) -> Iterator[Batch]:
+        """This worker's part of a split, on its device, without augmentation, in row order.
+
+        fraction: of the rows, at least one; chosen anew every epoch, the same rows for any number of workers.
+        Workers get different numbers of batches (even none), so collectives belong after the last one.
+        """
+        return self.read(split, fraction)
 
 
 @dataclass(frozen=True)
@@ -231,8 +288,11 @@ class DataSource(Protocol):
         """This worker's part of every global batch of the epoch, from global batch `start` on."""
         ...
 
-    def batches(self, split: str) -> Iterator[Batch]:
-        """This worker's part of a split, without augmentation; together the workers see every row exactly once."""
+    def batches(self, split: str, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+        """This worker's part of a split, without augmentation; together the workers see every row exactly once.
+
+        rows: only these rows, in this order; ascending order reads least.
+        """
         ...
 
     def skipped(self) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
-from tests.conftest import ALONE, SMALL_AUG, STOPS, Done, new_folder, settings, write_corpus
+from tests.cases import ALONE, CASES, MOVING_OBJECTIVE, SMALL, SMALL_AUG, STOPS
+from tests.conftest import Done, new_folder, settings, write_corpus
 
 from counterpoise.config import resolve
 from counterpoise.contracts import (
@@ -33,25 +34,7 @@ from counterpoise.methods.aug import AUG
 
 Ranks = tuple[dict[str, Any], dict[str, Any]]
 Finished = Callable[[str], Done]
-NAMES = [
-    "joint",
-    "joint-sum",
-    "late",
-    "unimodal",
-    "aug",
-    "aug-learned-weights",
-    "aug-fixed-weights",
-    "aug-fixed-assignment",
-    "aug-frozen",
-    "aug-of-three",
-    "adam-cosine",
-    "legacy-steps",
-    "dropout",
-    "streaming-noise",
-    "batch-norm",
-    "local-batch-norm",
-    "large-batches",
-]
+NAMES = list(CASES)
 SHARED = [name for name in NAMES if name not in ALONE]
 TIMES = ("time", "seconds", "data_wait_s", "samples_per_s", "wall_s", "data_wait_share", "run", "seq")
 
@@ -85,9 +68,8 @@ def assert_close_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[st
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_every_variant_and_every_method_is_tried(experiments: dict[str, Any]) -> None:
-    assert list(experiments) == NAMES
-    assert {resolve(content)[0].method_name for content in experiments.values()} == set(METHODS)
+def test_every_method_is_tried() -> None:
+    assert list(SMALL) == list(METHODS) and all(name == small["name"] for name, small in SMALL.items())
 
 
 # --- learning
@@ -97,10 +79,9 @@ def test_every_variant_and_every_method_is_tried(experiments: dict[str, Any]) ->
 def test_the_loss_falls(finished: Finished, name: str) -> None:
     done = finished(name)
     epochs = done.records("epoch")
-    # A classifier that joins brings terms of its own, so compare what all epochs have: the fused prediction.
-    first, last = (e["train"]["accuracy"]["fused"] for e in (epochs[0], epochs[-1]))
-    assert last > first
-    if not name.startswith("aug") and name not in ("adam-cosine", "legacy-steps", "large-batches"):
+    first, last = epochs[0]["valid"], epochs[-1]["valid"]
+    assert last["loss"] < first["loss"] and last["accuracy"]["fused"] > 0.4, "chance is 0.25"
+    if name not in MOVING_OBJECTIVE:
         assert done.losses()[-1] < done.losses()[0]
     assert all(math.isfinite(loss) for loss in done.losses())
 
@@ -244,9 +225,9 @@ def test_a_longer_run_continues_a_shorter_one(run_experiment: Callable[..., Done
 
 
 START_FIELDS = {"run", "method", "corpus", "modalities", "classes", "epochs", "batches", "samples", "parameters"}
-START_FIELDS |= {"workers", "device", "seed"}
+START_FIELDS |= {"workers", "device", "seed", "stages"}
 EPOCH_FIELDS = {"epoch", "lr", "train", "valid", "gap", "classifiers", "coefficients", "best_epoch", "seconds"}
-EPOCH_FIELDS |= {"data_wait_s", "samples_per_s"}
+EPOCH_FIELDS |= {"data_wait_s", "samples_per_s", "stage"}
 
 
 def test_records_are_what_the_contract_says(finished: Finished) -> None:
@@ -320,15 +301,15 @@ class Spied:
         for number, batch in enumerate(self.inner.train_batches(epoch, start), start):
             yield self.change(epoch, number, batch)
 
-    def batches(self, split: str) -> Iterator[Batch]:
+    def batches(self, split: str, rows: Any = None) -> Iterator[Batch]:
         self.asked.append(split)
-        return self.inner.batches(split)
+        return self.inner.batches(split, rows)
 
 
 def test_decisions_never_see_the_test_split(
     run_experiment: Callable[..., Done], corpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert [f.name for f in dataclasses.fields(EpochStats)] == ["epoch", "train", "valid"]
+    assert [f.name for f in dataclasses.fields(EpochStats)] == ["epoch", "train", "valid", "stage"]
     content = settings(corpus, method=SMALL_AUG)
     data = Spied(open_data(resolve(content)[0]))
     decide, seen = AUG.decide, []
@@ -341,6 +322,17 @@ def test_decisions_never_see_the_test_split(
     run_experiment(content, data=data)
     assert data.asked == ["train", "valid"] * 3 + ["test"]
     assert seen == [[1], [1, 2], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_reads_the_test_split_before_the_end(
+    run_experiment: Callable[..., Done], corpus: str, name: str
+) -> None:
+    content = settings(corpus, method=SMALL[name], epochs=CASES[name][1].get("epochs", 2))
+    data = Spied(open_data(resolve(content)[0]))
+    run_experiment(content, data=data)
+    assert data.asked.count("test") == 1 and "valid" in data.asked
+    assert set(data.asked[data.asked.index("test") + 1 :]) <= {"train"}, "a linear probe reads train"
 
 
 # --- bad data and bad numbers
@@ -447,21 +439,29 @@ def test_a_card_with_another_count_is_refused(run_experiment: Callable[..., Done
         run_experiment(settings(place))
 
 
-def test_classes_that_are_missing_do_no_harm(run_experiment: Callable[..., Done], tmp_path: Path) -> None:
-    """Missing from many batches of three rows, and one from the whole test split."""
+@pytest.fixture(scope="module")
+def corpus_with_gaps(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Batches of three rows lack classes, and the whole test split lacks one."""
 
     def change(split: str, rows: list[dict[str, Any]]) -> None:
         if split == "test":
             for row in rows:
                 row["label"] %= 3
 
-    place = write_corpus(tmp_path / "some", change=change, rows={"train": 40, "valid": 12, "test": 12})
-    for method in (SMALL_AUG, {"name": "late"}):
-        done = run_experiment(settings(place, method=method, batch_size=3))
-        assert all(math.isfinite(loss) for loss in done.losses())
-        assert all(
-            math.isfinite(v) for table in ("accuracy", "map", "macro_f1") for v in done.summary["test"][table].values()
-        )
+    folder = tmp_path_factory.mktemp("corpora") / "gaps"
+    return write_corpus(folder, change=change, rows={"train": 40, "valid": 12, "test": 12})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_classes_that_are_missing_do_no_harm(
+    run_experiment: Callable[..., Done], corpus_with_gaps: str, name: str
+) -> None:
+    done = run_experiment(settings(corpus_with_gaps, method=SMALL[name], batch_size=3))
+    assert all(math.isfinite(loss) for loss in done.losses())
+    assert all(value.isfinite().all() for value in done.weights.values() if value.is_floating_point())
+    assert all(
+        math.isfinite(v) for table in ("accuracy", "map", "macro_f1") for v in done.summary["test"][table].values()
+    )
 
 
 def test_a_damaged_run_is_not_resumed_from_nothing_silently(

@@ -90,14 +90,14 @@ def test_steps_are_those_of_torchs_plain_loop_also_for_parameters_that_come_late
 @pytest.mark.parametrize("optim", KINDS, ids=names_of)
 def test_saved_by_name_and_loaded_an_optimizer_goes_on_bit_for_bit(optim: Optim) -> None:
     net = make_net()
-    made = build_optimizer(optim, net, {net[1].weight: 0.1})
+    made = build_optimizer(optim, net, {"slow": [net[1].weight]})
     for number, layers in enumerate((1, 2, 2)):
         step(net, made, number, layers)
     saved, weights = optimizer_state(made, net), {k: v.clone() for k, v in net.state_dict().items()}
     assert all(not key.split(":")[1].startswith("2.") for key in saved), "a layer without a gradient has no state"
     twin = make_net()
     twin.load_state_dict(weights)
-    again = build_optimizer(optim, twin, {twin[1].weight: 0.1})
+    again = build_optimizer(optim, twin, {"slow": [twin[1].weight]})
     load_optimizer_state(again, twin, saved)
     for number, layers in ((3, 2), (4, 3)):
         step(net, made, number, layers)
@@ -109,8 +109,8 @@ def test_saved_by_name_and_loaded_an_optimizer_goes_on_bit_for_bit(optim: Optim)
 
 def test_rates_of_single_parameters_scale_with_the_base_rate() -> None:
     net = make_net()
-    made = build_optimizer(Optim(lr=0.5), net, {net[0].weight: 0.1})
-    set_learning_rate(made, 0.2)
+    made = build_optimizer(Optim(lr=0.5), net, {"slow": [net[0].weight]})
+    set_learning_rate(made, 0.2, {"slow": 0.1})
     by_parameter = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
     assert by_parameter[id(net[0].weight)] == pytest.approx(0.02)
     assert by_parameter[id(net[1].weight)] == 0.2

@@ -276,7 +276,8 @@ def test_only_the_weight_loss_trains_the_weight_network() -> None:
     step_through(aug, net, batch, "weights")
     assert all(p.grad is not None for p in head.weigher.parameters())
     assert all(p.grad is None for name, p in net.named_parameters() if "weigher" not in name)
-    assert set(aug.lr_scales(net).values()) == {0.1}
+    (group, parameters), *_ = aug.lr_groups(net).items()
+    assert aug.lr_scales()[group] == 0.1 and set(parameters) == set(head.weigher.parameters())
 
 
 # --- the head

@@ -130,9 +130,9 @@ class LocalData:
         """At most so many batches are one unit of work; None: all of a window."""
         return None
 
-    def batches(self, split: str) -> Iterator[Batch]:
-        """This worker's blocks of a split, without augmentation. Blocks are `batch_size` rows on any number of
-        workers, so that a row's logits do not depend on how many there are."""
+    def batches(self, split: str, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+        """This worker's blocks of a split or of `rows` of it, without augmentation. Blocks are `batch_size` rows on
+        any number of workers, so that a row's logits do not depend on how many there are."""
         index = self._index(split)
         units = plan.evaluation_units(
             split,
@@ -141,6 +141,7 @@ class LocalData:
             block=self.batch_size,
             rank=self.rank,
             world=self.world,
+            rows=rows,
         )
         return self._batches(split, units, None)
 

@@ -171,13 +171,14 @@ def evaluation_units(
     block: int,
     rank: int = 0,
     world: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Unit]:
-    """Contiguous blocks of rows, dealt to the workers in turn: every row exactly once over all workers."""
+    """Blocks of rows, dealt to the workers in turn: every row (or each of `rows`) exactly once over all workers."""
     sizes = np.asarray(group_sizes, dtype=np.int64)
     group_starts = np.concatenate([[0], np.cumsum(sizes)])
-    total = int(sizes.sum())
-    for number, lo in enumerate(range(0, total, block)):
+    chosen = np.arange(int(sizes.sum())) if rows is None else np.asarray(rows, dtype=np.int64)
+    for number, lo in enumerate(range(0, len(chosen), block)):
         if number % world == rank:
-            rows = np.arange(lo, min(lo + block, total))
-            groups = _groups_of(rows, group_starts, group_pairs)
-            yield Unit(split, None, number, rows, groups, (Piece(number, 0, len(rows)),))
+            part = chosen[lo : lo + block]
+            groups = _groups_of(part, group_starts, group_pairs)
+            yield Unit(split, None, number, part, groups, (Piece(number, 0, len(part)),))

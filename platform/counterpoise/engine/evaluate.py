@@ -68,8 +68,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def predictions(net: MultimodalNet, method: Method[Any], out: Outputs) -> dict[str, torch.Tensor]:
-    """Logits by name: "fused" and every modality."""
-    return {"fused": method.fuse(net, out), **out.unimodal}
+    """Logits by name: every modality of `out`, and "fused" where all are there."""
+    complete = out.fused is not None or len(out.unimodal) == len(net.modalities)
+    return {**({"fused": method.fuse(net, out)} if complete else {}), **out.unimodal}
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def evaluate(
         sums.add(f"score/{name}", 0)
     for raw in data.batches(split):
         batch = to_device(raw, device)
-        logits, labels = predictions(net, method, net(batch)), batch[LABEL]
+        logits, labels = predictions(net, method, method.predict(net, batch)), batch[LABEL]
         sums.add("samples", len(labels))
         sums.add("loss/fused", F.cross_entropy(logits["fused"], labels, reduction="sum"))
         sums.add_predictions(logits, labels)
@@ -95,7 +96,7 @@ def evaluate(
 
 @dataclass
 class Predictions:
-    """Every decodable row of a split, in row order. logits: {"fused" | modality | modality/first ..: [N, K]}."""
+    """Every decodable row of a split, in row order. logits: {"fused" | modality | part, like audio/first: [N, K]}."""
 
     rows: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
@@ -126,10 +127,8 @@ def predict(
     tables: dict[str, torch.Tensor] = {}
     for raw in data.batches(split):
         batch = to_device(raw, device)
-        out = net(batch)
-        logits = predictions(net, method, out)
-        for name, stack in out.stacks.items():  # the first classifier alone, and all but the newest
-            logits[f"{name}/first"] = stack[:, 0]
+        out = method.predict(net, batch)
+        logits = {**predictions(net, method, out), **method.parts(net, out)}
         for name, z in logits.items():
             if name not in tables:
                 tables[name] = torch.zeros(total, z.shape[1], device=device)

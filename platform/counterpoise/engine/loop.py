@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,14 +27,18 @@ from counterpoise.contracts import (
     DataError,
     DataSource,
     Decision,
+    EpochContext,
     EpochStats,
     Interrupted,
     NonFiniteLossError,
     Outputs,
     Record,
+    RefusedError,
     SplitStats,
+    Stage,
     Step,
 )
+from counterpoise.data.plan import generator, rank_slice
 from counterpoise.engine import checkpoint
 from counterpoise.engine.evaluate import (
     Accumulator,
@@ -98,7 +102,9 @@ class Progress:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Progress:
         history = [
-            EpochStats(h["epoch"], SplitStats(**h["train"]), SplitStats(**h["valid"]) if h["valid"] else None)
+            EpochStats(
+                h["epoch"], SplitStats(**h["train"]), SplitStats(**h["valid"]) if h["valid"] else None, h["stage"]
+            )
             for h in data["history"]
         ]
         return cls(**{**data, "history": history, "epoch_start": tuple(data["epoch_start"])})
@@ -118,6 +124,29 @@ def make_method(experiment: Experiment, data: DataSource, comm: Comm) -> Method[
         raise ConfigError(f"method {experiment.method_name} needs {kind.min_modalities} modalities or more")
     setting = Setting(tuple(data.modalities), len(data.classes), experiment.epochs, experiment.seed)
     return kind(experiment.method, setting, comm)
+
+
+def epoch_plan(stages: Sequence[Stage]) -> list[tuple[Stage, int]]:
+    """The stage of every epoch of a run, and which of the stage's epochs (1-based) it is."""
+    return [(stage, epoch) for stage in stages for epoch in range(1, stage.epochs + 1)]
+
+
+def schedule_clock(plan: Sequence[tuple[Stage, int]]) -> list[tuple[int, int]]:
+    """For every epoch of a plan: its place (1-based) in the schedule of the learning rate, and the schedule's length.
+
+    Stages without a schedule of their own share one. An epoch aside has the place that the epochs after it will have.
+    """
+    total = sum(not (stage.aside or stage.own_schedule) for stage, _ in plan)
+    clock, done = [], 0
+    for stage, epoch in plan:
+        if stage.own_schedule:
+            clock.append((epoch, stage.epochs))
+        elif stage.aside:
+            clock.append((min(done + epoch, total), total))
+        else:
+            done += 1
+            clock.append((done, total))
+    return clock
 
 
 def make_network(experiment: Experiment, data: DataSource, method: Method[Any]) -> MultimodalNet:
@@ -151,7 +180,10 @@ class Trainer:
         if comm.world > 1 and experiment.batch_norm == "sync":
             synchronise_batch_norm(self.net, comm)
         self.net.to(self.device)
-        self.optimizer = build_optimizer(experiment.optim, self.net, self.method.lr_scales(self.net))
+        self.optimizer = self._new_optimizer()
+        self.plan = epoch_plan(self.method.stages())
+        self.clock = schedule_clock(self.plan)
+        self.before_aside: dict[str, dict[str, Tensor]] | None = None  # what a stage aside will be undone to
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.bounds = list(data.bounds())
         self.progress = Progress()
@@ -163,19 +195,46 @@ class Trainer:
         self._last_save = self._session_start = time.monotonic()
         self._batches_here = 0
 
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.experiment.optim, self.net, self.method.lr_groups(self.net))
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all stages, those aside included."""
+        return len(self.plan)
+
+    @property
+    def learning_rate(self) -> float:
+        """The base learning rate of the present epoch."""
+        return learning_rate(self.experiment.optim, *self.clock[self.progress.epoch - 1])
+
     # --- one batch
 
     def train_batch(self, batch: Batch) -> None:
         """All updates of one global batch; `batch` is this worker's part of it."""
         progress, labels = self.progress, batch[LABEL]
         size = self.bounds[progress.batch + 1] - self.bounds[progress.batch]
+        start, _ = rank_slice(0, size, self.comm.rank, self.comm.world)
+        stage, stage_epoch = self.plan[progress.epoch - 1]
         merged = Outputs({}, {})
         step = None
         for index, phase in enumerate(self.method.phases(progress.epoch)):
             seed = derived_seed(self.experiment.seed, "step", progress.step, index)
             self.rng.manual_seed(seed)
             torch.manual_seed(derived_seed(seed, self.comm.rank))  # dropout and the like: per worker
-            step = Step(progress.epoch, progress.batch, progress.step, phase, size, len(labels) / size, self.rng)
+            step = Step(
+                progress.epoch,
+                progress.batch,
+                progress.step,
+                phase,
+                size,
+                len(labels) / size,
+                self.rng,
+                start,
+                len(self.bounds) - 1,
+                stage,
+                stage_epoch,
+            )
             self.optimizer.zero_grad(set_to_none=not self.experiment.optim.legacy_zero_grad_step)
             out = self.method.forward(self.net, batch, step)
             losses = self.method.losses(out, batch, step)
@@ -232,7 +291,7 @@ class Trainer:
     def run(self) -> dict[str, Any] | None:
         """Train to the end and test; the summary, on rank 0."""
         self._begin()
-        while self.progress.epoch <= self.experiment.epochs:
+        while self.progress.epoch <= self.epochs:
             self._train_epoch()
             self._end_epoch()
         return self._finish()
@@ -248,7 +307,8 @@ class Trainer:
                     "corpus": self.experiment.corpus,
                     "modalities": list(self.data.modalities),
                     "classes": list(self.data.classes),
-                    "epochs": self.experiment.epochs,
+                    "epochs": self.epochs,
+                    "stages": [{"name": s.name, "epochs": s.epochs} for s, epoch in self.plan if epoch == 1],
                     "batches": len(self.bounds) - 1,
                     "samples": {split: self.data.num_samples(split) for split in ("train", "valid", "test")},
                     "parameters": sum(p.numel() for p in self.net.parameters()),
@@ -261,11 +321,14 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         progress = self.progress
-        set_learning_rate(self.optimizer, learning_rate(self.experiment.optim, progress.epoch, self.experiment.epochs))
         if progress.batch == 0:
             progress.epoch_start = (progress.train_s, progress.data_wait_s)
             self.sums = Accumulator(self.device)
-            self.method.begin_epoch(self.net, progress.epoch)
+            stage, stage_epoch = self.plan[progress.epoch - 1]
+            if stage_epoch == 1:
+                self._begin_stage(stage)
+            self.method.begin_epoch(self.net, self._context())
+        set_learning_rate(self.optimizer, self.learning_rate, self.method.lr_scales())
         self.net.train()
         num_batches = len(self.bounds) - 1
         batches = iter(self.data.train_batches(progress.epoch, progress.batch))
@@ -288,6 +351,38 @@ class Trainer:
                 f"epoch {progress.epoch} gave {progress.batch} batches on rank {self.comm.rank}, expected {num_batches}"
             )
 
+    def _context(self) -> EpochContext:
+        stage, stage_epoch = self.plan[self.progress.epoch - 1]
+        return EpochContext(self.progress.epoch, stage, stage_epoch, tuple(self.progress.history), self._read)
+
+    def _read(self, split: str, fraction: float) -> Iterator[Batch]:
+        """`EpochContext.batches`."""
+        if split not in ("train", "valid"):
+            raise ValueError(f"a method may read train and valid, not {split!r}")
+        total, rows = self.data.num_samples(split), None
+        if fraction < 1:
+            draw = generator("subset", self.experiment.seed, split, self.progress.epoch)
+            rows = sorted(draw.choice(total, max(1, round(fraction * total)), replace=False).tolist())
+        for raw in self.data.batches(split, rows):
+            yield to_device(raw, self.device)
+
+    def _begin_stage(self, stage: Stage) -> None:
+        if stage.aside:
+            tensors = {"model": self.net.state_dict(), "optimizer": optimizer_state(self.optimizer, self.net)}
+            self.before_aside = {kind: {k: v.clone() for k, v in part.items()} for kind, part in tensors.items()}
+        if stage.begin == "best" and self.progress.best_name:
+            load_model(self.net, self._selected())
+        if stage.fresh_optimizer:
+            self.optimizer = self._new_optimizer()
+
+    def _end_stage(self, stage: Stage) -> None:
+        if stage.aside:
+            assert self.before_aside is not None, "a stage aside keeps what was before it"
+            self.net.load_state_dict(self.before_aside["model"])
+            self.optimizer = self._new_optimizer()
+            load_optimizer_state(self.optimizer, self.net, self.before_aside["optimizer"])
+            self.before_aside = None
+
     def _end_epoch(self) -> None:
         progress, experiment = self.progress, self.experiment
         self._check_finite()
@@ -301,12 +396,15 @@ class Trainer:
             valid = evaluate(self.net, self.method, self.data, "valid", self.comm, self.device)
             self._collect_skipped()
             self._check_count("valid", valid.samples)
-        progress.history.append(EpochStats(progress.epoch, train, valid))
-        accuracy = (valid or train).accuracy["fused"]
-        if experiment.select == "last" or valid is None or accuracy > progress.best_accuracy:
+        stage, stage_epoch = self.plan[progress.epoch - 1]
+        progress.history.append(EpochStats(progress.epoch, train, valid, stage.name))
+        accuracy = valid.accuracy["fused"] if valid else 0.0
+        better = experiment.select == "last" or valid is None or accuracy > progress.best_accuracy
+        if better and stage.selectable and not stage.aside:
             progress.best_epoch, progress.best_accuracy = progress.epoch, accuracy
             self._save_best()
         self._record(self._epoch_record(train, valid, sums))
+        self.method.end_epoch(self.net, self._context())
         decision = self.method.decide(progress.history) if self.comm.rank == 0 else None
         shared = self.comm.broadcast(decision.to_json() if decision else None)
         if shared is not None:
@@ -314,6 +412,8 @@ class Trainer:
             record = {"kind": "decision", **shared, "classifiers": self.method.num_classifiers(self.net)}
             progress.decisions.append(record)
             self._record(record)
+        if stage_epoch == stage.epochs:
+            self._end_stage(stage)
         progress.epoch += 1
         progress.batch = 0
         self.sums = Accumulator(self.device)
@@ -330,7 +430,8 @@ class Trainer:
         return {
             "kind": "epoch",
             "epoch": progress.epoch,
-            "lr": learning_rate(self.experiment.optim, progress.epoch, self.experiment.epochs),
+            "stage": self.plan[progress.epoch - 1][0].name,
+            "lr": self.learning_rate,
             "train": _split_record(train) | {"losses": {k: v / max(train.samples, 1) for k, v in train.losses.items()}},
             "valid": _split_record(valid) if valid else None,
             "gap": accuracy_gap((valid or train).accuracy),
@@ -387,13 +488,13 @@ class Trainer:
         self._control_in = message["next"]
         if message["save"]:
             self._save()
-        finished = self.progress.epoch > self.experiment.epochs
+        finished = self.progress.epoch > self.epochs
         if message["stop"] and not finished:
             self._record({"kind": "event", "event": "interrupted", "reason": message["stop"], **self._where()})
             self._status(state="interrupted", force=True)
             self.comm.barrier()  # nobody leaves before rank 0 has written all of it
             raise Interrupted(
-                f"stopped ({message['stop']}) in epoch {self.progress.epoch} of {self.experiment.epochs} "
+                f"stopped ({message['stop']}) in epoch {self.progress.epoch} of {self.epochs} "
                 f"after step {self.progress.step}; a checkpoint is written, continue with --resume"
             )
         self._status()
@@ -410,14 +511,15 @@ class Trainer:
             return
         progress, num_batches = self.progress, len(self.bounds) - 1
         elapsed = time.monotonic() - self._session_start
-        left = num_batches * self.experiment.epochs - progress.step
+        left = num_batches * self.epochs - progress.step
         losses = [value for name, value in self.sums.state().items() if name.startswith("loss/")]
         self.folder.write_status(
             {
                 "state": state,
                 "method": self.experiment.method_name,
-                "epoch": min(progress.epoch, self.experiment.epochs),
-                "epochs": self.experiment.epochs,
+                "epoch": min(progress.epoch, self.epochs),
+                "epochs": self.epochs,
+                "stage": self.plan[min(progress.epoch, self.epochs) - 1][0].name,
                 "batch": progress.batch,
                 "batches": num_batches,
                 "loss": sum(losses) / self.bounds[progress.batch] if losses else None,
@@ -436,11 +538,16 @@ class Trainer:
             "world": self.comm.world,
             "progress": {**self.progress.to_json(), "wall_s": self.progress.wall_s + elapsed},
             "sums": [],
+            "stages": self._stages_so_far(),
             "architecture": self.net.head.architecture(),
             "method": self.method.state_dict(),
             "zero_gradients": self._zero_gradients(),
             "num_records": self.folder.num_records if self.folder else 0,
         }
+
+    def _stages_so_far(self) -> list[list[Any]]:
+        """The plan up to and including the present epoch: what another number of epochs must leave as it is."""
+        return [[stage.name, epoch] for stage, epoch in self.plan[: self.progress.epoch]]
 
     def _zero_gradients(self) -> list[str]:
         """Names of the parameters that `legacy_zero_grad_step` moves although a phase does not touch them."""
@@ -460,6 +567,8 @@ class Trainer:
         }
         for rank, values in enumerate(buffers or []):
             tensors[f"statistics-{rank}"] = values
+        for kind, values in (self.before_aside or {}).items():
+            tensors[f"aside-{kind}"] = values
         name = f"step-{self.progress.step:08d}"
         checkpoint.save(self.folder.checkpoints, name, tensors, self._state() | {"sums": sums})
         self._last_save = time.monotonic()
@@ -487,6 +596,12 @@ class Trainer:
                 self.folder.truncate_records(0)
             return False
         tensors, state = found.tensors, found.state
+        self.progress = Progress.from_json(state["progress"])
+        if state["stages"] != self._stages_so_far():
+            raise RefusedError(
+                f"method {self.experiment.method_name} divides {self.experiment.epochs} epochs into other stages than "
+                f"the run has been through; continue it with the number of epochs it was started with"
+            )
         self.net.head.restore(state["architecture"])
         self.net.load_state_dict(tensors["model"])
         load_optimizer_state(self.optimizer, self.net, tensors["optimizer"])
@@ -494,7 +609,8 @@ class Trainer:
         for name in state.get("zero_gradients", ()):
             parameter = self.net.get_parameter(name)
             parameter.grad = torch.zeros_like(parameter)
-        self.progress = Progress.from_json(state["progress"])
+        aside = {kind: tensors[f"aside-{kind}"] for kind in ("model", "optimizer") if f"aside-{kind}" in tensors}
+        self.before_aside = aside or None
         if len(state["sums"]) == self.comm.world:
             self.sums.load(state["sums"][self.comm.rank])
             if self.local_statistics and f"statistics-{self.comm.rank}" in tensors:
@@ -511,11 +627,14 @@ class Trainer:
     def _report_fallback(self, name: str, reason: str) -> None:
         self._fallbacks.append((name, reason))
 
+    def _selected(self) -> checkpoint.Checkpoint:
+        """The checkpoint of the epoch selected so far, on every worker."""
+        found = checkpoint.load(join(self.folder.best, self.progress.best_name)) if self.folder is not None else None
+        selected: checkpoint.Checkpoint = self.comm.broadcast(found)
+        return selected
+
     def _finish(self) -> dict[str, Any] | None:
-        found_best = None
-        if self.folder is not None:
-            found_best = checkpoint.load(join(self.folder.best, self.progress.best_name))
-        state = load_model(self.net, self.comm.broadcast(found_best))
+        state = load_model(self.net, self._selected())
         split = "test" if self.data.num_samples("test") else "valid" if self.data.num_samples("valid") else "train"
         found = predict(self.net, self.method, self.data, split, self.comm, self.device)
         self._collect_skipped()
@@ -532,7 +651,7 @@ class Trainer:
             "corpus": self.experiment.corpus,
             "modalities": list(self.data.modalities),
             "seed": self.experiment.seed,
-            "epochs": self.experiment.epochs,
+            "epochs": self.epochs,
             "selected_epoch": state["epoch"],
             "selection": "valid accuracy (fused)" if self.experiment.select == "best_valid" else "last epoch",
             split: {

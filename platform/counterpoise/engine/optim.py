@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,16 +25,21 @@ def learning_rate(optim: Optim, epoch: int, epochs: int) -> float:
     return optim.lr
 
 
-def build_optimizer(optim: Optim, net: nn.Module, scales: Mapping[nn.Parameter, float]) -> torch.optim.Optimizer:
-    """One parameter group per learning-rate factor. Parameters that never get a gradient cost and change nothing.
+def build_optimizer(
+    optim: Optim, net: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]]
+) -> torch.optim.Optimizer:
+    """One parameter group per named group of `groups`, and one for the rest, named "".
+
+    Parameters that never get a gradient cost and change nothing.
 
     Fused: one pass over memory. For two ResNet-18 on one core a step of SGD takes 14 ms instead of 87 (foreach).
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    name_of = {parameter: name for name, parameters in groups.items() for parameter in parameters}
+    found: dict[str, list[nn.Parameter]] = {}
     for parameter in net.parameters():
         if parameter.requires_grad:
-            groups.setdefault(scales.get(parameter, 1.0), []).append(parameter)
-    described: list[dict[str, Any]] = [{"params": ps, "lr_scale": scale} for scale, ps in groups.items()]
+            found.setdefault(name_of.get(parameter, ""), []).append(parameter)
+    described: list[dict[str, Any]] = [{"params": ps, "name": name} for name, ps in found.items()]
     if optim.name == "sgd":
         sgd = torch.optim.SGD(
             described, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
@@ -58,9 +63,10 @@ def _begin_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, scales: Mapping[str, float]) -> None:
+    """Give every group `lr` times the factor of its name; 1 for those not named."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * scales.get(group["name"], 1.0)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tensor]:

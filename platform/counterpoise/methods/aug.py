@@ -35,7 +35,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from counterpoise.contracts import LABEL, Batch, Comm, ConfigError, Decision, EpochStats, Outputs, Step
+from counterpoise.contracts import LABEL, Batch, Comm, ConfigError, Decision, EpochContext, EpochStats, Outputs, Step
 from counterpoise.functional import true_class_scores
 from counterpoise.methods.base import Method, MethodConfig, Setting
 from counterpoise.models.heads import BoostedHead, Head, cumulative_logits
@@ -191,6 +191,13 @@ class AUG(Method[AUGConfig]):
 
     Config = AUGConfig
     paper = "Jiang, Huang, Yang. NeurIPS 2025"
+    modality_predictions = "Z_m, all classifiers of the modality; parts: the first one, and all but the newest"
+    beyond_two = "released code for three modalities, written for any number: ratio to the mean of the others"
+    released = (
+        "The optimizer never sees classifiers that are added, so they stay as they were initialised; here they are "
+        "trained as the text says, and train_new_classifiers=false gives the released behaviour. The residual label "
+        "of the code is the default, since the printed one can turn negative (residual=sum_of_probabilities)."
+    )
 
     def __init__(self, config: AUGConfig, setting: Setting, comm: Comm) -> None:
         super().__init__(config, setting, comm)
@@ -230,11 +237,14 @@ class AUG(Method[AUGConfig]):
             seed=self.setting.seed,
         )
 
-    def lr_scales(self, net: MultimodalNet) -> Mapping[nn.Parameter, float]:
+    def lr_groups(self, net: MultimodalNet) -> Mapping[str, Sequence[nn.Parameter]]:
         weigher = _head(net).weigher
-        return {} if weigher is None else dict.fromkeys(weigher.parameters(), 0.1)  # released code: base lr / 10
+        return {} if weigher is None else {WEIGHTS_PHASE: list(weigher.parameters())}
 
-    def begin_epoch(self, net: MultimodalNet, epoch: int) -> None:
+    def lr_scales(self) -> Mapping[str, float]:
+        return {WEIGHTS_PHASE: 0.1}  # released code: base lr / 10
+
+    def begin_epoch(self, net: MultimodalNet, context: EpochContext) -> None:
         self._epoch_scores = [0.0] * len(self.modalities)
         self._batches = 0
 
@@ -279,6 +289,14 @@ class AUG(Method[AUGConfig]):
 
     def fuse(self, net: MultimodalNet, out: Outputs) -> Tensor:
         return out.fused if out.fused is not None else _head(net).fuse(out.unimodal)
+
+    def parts(self, net: MultimodalNet, out: Outputs) -> dict[str, Tensor]:
+        """The first classifier of a modality alone, and all but its newest."""
+        found = {f"{name}/first": stack[:, 0] for name, stack in out.stacks.items()}
+        for name, stack in out.stacks.items():
+            if stack.shape[1] > 1:
+                found[f"{name}/previous"] = cumulative_logits(stack, out.extra[f"weight/{name}"], stack.shape[1] - 1)
+        return found
 
     def decide(self, history: Sequence[EpochStats]) -> Decision | None:
         last = history[-1]

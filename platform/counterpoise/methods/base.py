@@ -8,13 +8,17 @@ Rules with a reason:
   batch and sums gradients over workers, so results do not depend on how a batch was split.
 - Statistics of a batch are summed with `self.comm.sum` before any ratio is formed.
 - Anything non-linear in gradients belongs into `adjust`, which sees gradients already summed over workers.
-- Anything random that replicas must agree on draws from `step.rng`.
-- Parameters appear only in `head`, `attach` and `apply`.
+- Anything random draws from `step.rng`, for the whole global batch, of which a worker takes its rows
+  (`local_rows`); what needs the rows of all workers gets them from `global_rows`.
+- Parameters and buffers appear only in `head` and `attach`; what a method remembers is a buffer (in checkpoints by
+  itself) or in `state_dict`.
+- Hooks run on every worker in the same order, and so do the collectives in them. `decide` runs on rank 0 only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -23,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from counterpoise.contracts import LABEL, Batch, Comm, Decision, EpochStats, Outputs, Step
+from counterpoise.contracts import LABEL, Batch, Comm, Decision, EpochContext, EpochStats, Outputs, Stage, Step
 from counterpoise.models.heads import ConcatHead, Head, SumHead
 from counterpoise.models.network import MultimodalNet
 
@@ -50,11 +54,20 @@ class Setting:
 
 
 class Method(Generic[C]):
-    """One way to train a multimodal network. Instances live as long as a run, on every worker."""
+    """One way to train a multimodal network. Instances live as long as a run, on every worker.
+
+    paper: authors and venue. modality_predictions: where the logits of a modality come from. beyond_two: how the
+    method works with more than two modalities, and whose idea that is. released: where the authors' code departs
+    from their paper, which of both is the default here, and the setting that gives the other.
+    """
 
     Config: ClassVar[type[MethodConfig]]
     paper: ClassVar[str] = ""
+    modality_predictions: ClassVar[str] = "terms of the head"
+    beyond_two: ClassVar[str] = "any number of modalities, as published"
+    released: ClassVar[str] = ""
     min_modalities: ClassVar[int] = 1
+    probe: ClassVar[bool] = False  # modality predictions of the tested epoch are linear probes on frozen encoders
 
     def __init__(self, config: C, setting: Setting, comm: Comm) -> None:
         self.config = config
@@ -76,12 +89,28 @@ class Method(Generic[C]):
     def attach(self, net: MultimodalNet) -> None:
         """Add what is trained besides the network; runs before the optimizer exists."""
 
-    def lr_scales(self, net: MultimodalNet) -> Mapping[nn.Parameter, float]:
-        """Factors on the learning rate of single parameters; 1 for those not named."""
+    def lr_groups(self, net: MultimodalNet) -> Mapping[str, Sequence[nn.Parameter]]:
+        """Parameters whose learning rate is scaled, by the name of their group."""
         return {}
 
-    def begin_epoch(self, net: MultimodalNet, epoch: int) -> None:
+    def lr_scales(self) -> Mapping[str, float]:
+        """Factors on the learning rate of groups, asked before every epoch; 1 for those not named."""
+        return {}
+
+    def stages(self) -> tuple[Stage, ...]:
+        """What the epochs of a run are for. Those not aside are `setting.epochs` together: the budget of all methods.
+
+        The last stage is selectable and not aside.
+        """
+        return (Stage("train", self.setting.epochs),)
+
+    # --- around an epoch
+
+    def begin_epoch(self, net: MultimodalNet, context: EpochContext) -> None:
         """Called on every worker before the first batch of an epoch, not when an epoch is resumed."""
+
+    def end_epoch(self, net: MultimodalNet, context: EpochContext) -> None:
+        """Called on every worker after an epoch and its evaluation, before `decide`."""
 
     # --- one batch
 
@@ -110,6 +139,14 @@ class Method(Generic[C]):
 
     # --- predictions
 
+    def predict(self, net: MultimodalNet, batch: Batch) -> Outputs:
+        """The forward pass of an evaluation: logits of every modality, and what `fuse` needs."""
+        return net(batch)
+
+    def parts(self, net: MultimodalNet, out: Outputs) -> dict[str, Tensor]:
+        """Further predictions [B, K] worth a number in the results, e.g. {"audio/first": logits}."""
+        return {}
+
     def fuse(self, net: MultimodalNet, out: Outputs) -> Tensor:
         """Logits of all modalities together [B, K]; `out` may have been put together from several phases."""
         if out.fused is not None:
@@ -135,3 +172,34 @@ class Method(Generic[C]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         assert not state, f"{type(self).__name__} has no state, the checkpoint has {sorted(state)}"
+
+
+# --- for methods to use
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, then the mode from before: no_grad alone would move running statistics."""
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in before:
+            part.training = mode
+
+
+def local_rows(rows: Tensor, step: Step, like: Tensor) -> Tensor:
+    """This worker's rows of something that has one per sample of the global batch, on the device of `like` [B, ..]."""
+    return rows[step.start : step.start + len(like)].to(like.device)
+
+
+def global_rows(comm: Comm, rows: Tensor, step: Step) -> Tensor:
+    """Rows of all workers in the order of the global batch, without gradient: [B_local, ..] -> [B, ..]."""
+    if comm.world == 1:
+        return rows.detach()
+    whole = rows.new_zeros(step.batch_size, *rows.shape[1:])
+    whole[step.start : step.start + len(rows)] = rows.detach()
+    return comm.sum(whole)

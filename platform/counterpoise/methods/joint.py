@@ -25,6 +25,7 @@ class Joint(Method[JointConfig]):
 
     Config = JointConfig
     paper = "baseline (naive multimodal learning in Jiang, Huang, Yang, NeurIPS 2025)"
+    modality_predictions = "W_m u_m + b / M of the concat head, terms of the sum head: they add up to the fused logits"
 
     def head(self, widths: Mapping[str, int]) -> Head:
         return HEADS[self.config.head](widths, self.setting.num_classes)

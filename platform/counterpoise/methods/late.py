@@ -24,6 +24,7 @@ class Late(Method[LateConfig]):
 
     Config = LateConfig
     paper = "baseline"
+    modality_predictions = "the terms z_m"
 
     def head(self, widths: Mapping[str, int]) -> Head:
         return SumHead(widths, self.setting.num_classes)

@@ -23,6 +23,7 @@ class Unimodal(Method[UnimodalConfig]):
 
     Config = UnimodalConfig
     paper = "baseline"
+    modality_predictions = "the one head there is"
 
     @classmethod
     def uses(cls, config: UnimodalConfig, modalities: Sequence[str]) -> tuple[str, ...]:

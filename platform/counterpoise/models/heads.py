@@ -33,7 +33,8 @@ class Head(nn.Module):
         """Bring the head into the shape that `architecture` of a checkpoint describes."""
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A Linear as nearly all released code initialises it: Xavier-normal weights, zero bias."""
     layer = nn.Linear(inputs, outputs)
     nn.init.xavier_normal_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -48,7 +49,7 @@ class ConcatHead(Head):
 
     def __init__(self, widths: Mapping[str, int], num_classes: int) -> None:
         super().__init__(widths, num_classes)
-        self.linear = _linear(sum(widths.values()), num_classes)
+        self.linear = linear(sum(widths.values()), num_classes)
 
     def forward(self, features: dict[str, Tensor]) -> Outputs:
         parts = dict(zip(self.modalities, self.linear.weight.split(list(self.widths.values()), dim=1), strict=True))
@@ -64,12 +65,62 @@ class SumHead(Head):
 
     def __init__(self, widths: Mapping[str, int], num_classes: int) -> None:
         super().__init__(widths, num_classes)
-        self.linears = nn.ModuleDict({name: _linear(width, num_classes) for name, width in widths.items()})
+        self.linears = nn.ModuleDict({name: linear(width, num_classes) for name, width in widths.items()})
 
     def forward(self, features: dict[str, Tensor]) -> Outputs:
         unimodal = {name: self.linears[name](u) for name, u in features.items()}
         complete = len(unimodal) == len(self.modalities)
         return Outputs(features, unimodal, sum(unimodal[m] for m in self.modalities) if complete else None)
+
+
+class MultiHead(ConcatHead):
+    """A joint concat head for the fused logits, and a private Linear per modality for its own (G-Blend, MMPareto)."""
+
+    def __init__(self, widths: Mapping[str, int], num_classes: int) -> None:
+        super().__init__(widths, num_classes)
+        self.private = nn.ModuleDict({name: linear(width, num_classes) for name, width in widths.items()})
+
+    def forward(self, features: dict[str, Tensor]) -> Outputs:
+        out = super().forward(features)
+        return Outputs(features, {name: self.private[name](u) for name, u in features.items()}, out.fused)
+
+
+class Adapters(nn.Module):
+    """Features of all modalities at one width D, the widest: a Linear for each that has another, none otherwise.
+
+    The papers with layers shared by all modalities use encoders of one width, for which this is the identity.
+    """
+
+    def __init__(self, widths: Mapping[str, int]) -> None:
+        super().__init__()
+        self.width = max(widths.values())
+        self.linears = nn.ModuleDict({m: linear(w, self.width) for m, w in widths.items() if w != self.width})
+
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {m: self.linears[m](u) if m in self.linears else u for m, u in features.items()}
+
+
+class SharedHead(Head):
+    """One classifier for the features of every modality: a Linear, or Linear-ReLU-Linear if `hidden` is given.
+
+    Features come back adapted to one width; the fused logits are the sum of the modalities' logits.
+    """
+
+    def __init__(self, widths: Mapping[str, int], num_classes: int, hidden: int | None = None) -> None:
+        super().__init__(widths, num_classes)
+        self.adapters = Adapters(widths)
+        self.width = self.adapters.width
+        self.layers: nn.Module = (
+            nn.Sequential(linear(self.width, hidden), nn.ReLU(), linear(hidden, num_classes))
+            if hidden
+            else linear(self.width, num_classes)
+        )
+
+    def forward(self, features: dict[str, Tensor]) -> Outputs:
+        adapted = self.adapters(features)
+        unimodal = {name: self.layers(u) for name, u in adapted.items()}
+        complete = len(unimodal) == len(self.modalities)
+        return Outputs(adapted, unimodal, sum(unimodal[m] for m in self.modalities) if complete else None)
 
 
 class BoostedHead(Head):
@@ -124,7 +175,7 @@ class BoostedHead(Head):
                 weights.append(nn.Parameter(tensor, requires_grad=trained))
                 biases.append(nn.Parameter(bias, requires_grad=trained))
             self.layer1_weight[name], self.layer1_bias[name] = weights, biases
-        self.layer2 = _linear(hidden, num_classes)
+        self.layer2 = linear(hidden, num_classes)
         self.weigher = WeightNetwork() if learn_weights else None
         self.register_buffer("classifier_weight", torch.tensor(float(weight)))
         self.register_buffer("confidence", torch.zeros(len(widths)))
@@ -210,7 +261,7 @@ class WeightNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(_linear(1, 512), nn.ReLU(), _linear(512, 64), nn.ReLU(), _linear(64, 1))
+        self.layers = nn.Sequential(linear(1, 512), nn.ReLU(), linear(512, 64), nn.ReLU(), linear(64, 1))
 
     def forward(self, state: Tensor) -> Tensor:
         return torch.sigmoid(self.layers(state.unsqueeze(-1))).squeeze(-1)

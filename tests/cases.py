@@ -1,0 +1,55 @@
+"""What every promise of the loop is tried on: a method on a tiny corpus, by a word for what is special about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WIDTHS = {"strong": 12, "weak": 12, "third": 8}  # of the vector modalities in the synthetic corpora
+SMALL_ENCODERS = {m: {"name": "mlp", "hidden": 16, "width": 8} for m in WIDTHS}
+PICTURES = {name: {"name": "cnn", "channels": [4, 6], "width": 8, "norm": "batch"} for name in ("image", "sound")}
+
+# Settings that make every method small and quick. One row per method, in the order of METHODS.
+SMALL: dict[str, dict[str, Any]] = {
+    "aug": {"name": "aug", "hidden": 16, "check_every": 1},
+    "joint": {"name": "joint"},
+    "late": {"name": "late"},
+    "unimodal": {"name": "unimodal", "modality": "weak"},
+}
+SMALL_AUG = SMALL["aug"]
+
+# Cases: (corpus "pair", "three" or "media", what differs from the base experiment). Every method has one here by its
+# own name, and one of three modalities; options that change the arithmetic have their own.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("pair", {"method": method}) for name, method in SMALL.items()},
+    **{f"{name}-of-three": ("three", {"method": method}) for name, method in SMALL.items() if name != "unimodal"},
+    "joint-sum": ("pair", {"method": {"name": "joint", "head": "sum"}}),
+    "aug-learned-weights": ("pair", {"method": {**SMALL_AUG, "weights": "learned"}}),
+    "aug-fixed-weights": ("pair", {"method": {**SMALL_AUG, "weights": "fixed", "weight": 0.25}}),
+    "aug-fixed-assignment": ("pair", {"method": {**SMALL_AUG, "assign": "fixed", "classifiers": {"weak": 3}}}),
+    "aug-frozen": ("pair", {"method": {**SMALL_AUG, "train_new_classifiers": False}}),
+    "aug-of-three-learned-weights": ("three", {"method": {**SMALL_AUG, "weights": "learned"}}),
+    # --- not about one method
+    "adam-cosine": (
+        "pair",
+        {
+            "method": SMALL_AUG,
+            "optim": {"name": "adam", "lr": 0.005, "schedule": {"name": "cosine", "warmup": 1}},
+        },
+    ),
+    "legacy-steps": ("pair", {"method": SMALL_AUG, "optim": {"legacy_zero_grad_step": True}}),
+    "dropout": ("pair", {"modalities": {m: {**SMALL_ENCODERS[m], "dropout": 0.3} for m in ("strong", "weak")}}),
+    "streaming-noise": (
+        "pair",
+        {"data": {"cache": "off", "augment": {"weak": [{"name": "noise", "std": 0.2}]}, "shuffle_window": 50}},
+    ),
+    "batch-norm": ("media", {"modalities": PICTURES, "batch_size": 16}),
+    "local-batch-norm": ("media", {"modalities": PICTURES, "batch_size": 16, "batch_norm": "local"}),
+    "large-batches": ("pair", {"batch_size": 120, "method": SMALL_AUG}),  # valid and test are less than one
+}
+
+# Nothing new with two workers.
+ALONE = {"joint-sum", "aug-fixed-weights", "aug-fixed-assignment", "aug-frozen", "dropout"}
+# Cases that two workers also go through with interruptions, after so many controls.
+STOPS = {"aug-learned-weights": [4, 9], "local-batch-norm": [4], "aug": [7]}
+# Cases whose objective changes on the way, so that its first and last values do not compare.
+MOVING_OBJECTIVE = {"adam-cosine", "legacy-steps", "large-batches", *(name for name in CASES if name.startswith("aug"))}
