@@ -12,6 +12,7 @@ from counterpoise.contracts import DataError
 from counterpoise.reports.curves import modality_colors, pictures, png, standalone_svg, svg, write_pictures
 from counterpoise.reports.html import render, write_report
 from counterpoise.reports.records import read_run, read_runs
+from counterpoise.reports.tables import compared
 
 Make = Callable[..., Path]
 EVIL = "<script>alert(1)</script>"
@@ -99,6 +100,20 @@ def test_an_unfinished_run_has_a_page(tmp_path: Path, make_run: Make) -> None:
 def test_a_report_needs_runs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no runs to report on"):
         write_report([], str(tmp_path / "report.html"))
+
+
+def test_a_comparison_of_methods_has_a_section_of_its_own(tmp_path: Path, make_run: Make) -> None:
+    groups = {
+        method: read_runs(str(make_run(tmp_path / "runs", method, seed=s, epochs=3)) for s in range(7))
+        for method in ("joint", "aug")
+    }
+    table = compared(groups, "joint")
+    page = Path(write_report(["any"], str(tmp_path / "report.html"), "joint and aug", table)).read_text()
+    Strict().feed(page)
+    assert "<h2>Methods on equal terms</h2>" in page and "<h2>Further results</h2>" in page
+    assert ">p vs joint</th>" in page and page.count(">macro-F1</th>") == 1 and page.count(">fused</th>") == 1
+    assert "exact two-sided sign-flip test" in page and page.count("Best of each column in bold") == 1
+    assert "cremad-aug-6" in page and page.count("<svg") < 14, "of many runs, the first of each method is drawn"
 
 
 class Strict(HTMLParser):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from counterpoise.reports.records import RunData, read_runs
-from counterpoise.reports.tables import comparison, csv_table, group_labels, markdown_table, text_table
+from counterpoise.reports.tables import Table, compared, comparison, csv_table, group_labels, markdown_table, text_table
 
 Make = Callable[..., Path]
 
@@ -114,3 +114,67 @@ def test_absent_and_odd_numbers_are_dashes() -> None:
     odd = run("aug", 0, 0.6, 0.5, 0.4, wall_s=None, classifiers=None)
     odd.summary = json.loads(json.dumps(odd.summary)) | {"test": {"accuracy": {"fused": None}}}
     assert "aug" in text_table([odd])
+
+
+# --- methods on equal terms
+
+
+def equal_terms(seeds: int = 2, **more: Any) -> Table:
+    joint = [run("joint", seed, 0.6, 0.55, 0.3) for seed in range(seeds)]
+    aug = [run("aug", seed, 0.7 + 0.02 * seed, 0.55, 0.5) for seed in range(seeds)]
+    for method, seconds in ((joint, 2.0), (aug, 3.0)):
+        for one in method:
+            one.epochs = [{"epoch": i, "seconds": s} for i, s in enumerate((seconds, seconds, 90.0), 1)]
+    return compared({"joint": joint, "aug:lam=0.2": aug}, "joint", **more)
+
+
+def test_methods_on_equal_terms() -> None:
+    assert text_table(
+        equal_terms(tuned="optim.lr", chosen={"joint": "0.01", "aug:lam=0.2": "0.1"}, remarks=["Tuned."])
+    ) == (
+        "method       n          fused          audio         visual            gap  vs joint  p vs joint  p vs best"
+        "  optim.lr  time ratio\n"
+        "-----------  -  -------------  -------------  -------------  -------------  --------  ----------  ---------"
+        "  --------  ----------\n"
+        "joint        2  0.600 ± 0.000  0.550 ± 0.000  0.300 ± 0.000  0.250 ± 0.000         -           -     0.5000"
+        "      0.01        1.00\n"
+        "aug:lam=0.2  2  0.710 ± 0.014  0.550 ± 0.000  0.500 ± 0.000  0.050 ± 0.000    +0.110      0.5000          -"
+        "       0.1        1.50\n"
+        "\n"
+        "Mean ± sample standard deviation over n seeds.\n"
+        "Differences are of fused accuracy, seed by seed. p: exact two-sided sign-flip test on them, with Holm's "
+        "correction for the number of comparisons (1 vs joint, 1 vs best).\n"
+        "Best is aug:lam=0.2, by mean fused accuracy: picked by these same numbers, so p vs best describes and does "
+        "not confirm.\n"
+        "2 seeds cannot reach p < 0.05: the smallest possible p with 1 comparison is 0.5; 6 seeds could.\n"
+        "Time ratio: median seconds per epoch, divided by the median of joint; from the epochs' records.\n"
+        "Tuned.\n"
+        "Runs of joint: joint-0, joint-1\n"
+        "Runs of aug:lam=0.2: aug-0, aug-1"
+    )
+
+
+def test_methods_on_equal_terms_elsewhere() -> None:
+    assert "| **0.710 ± 0.014** |" in markdown_table(equal_terms())
+    rows = list(csv.DictReader(io.StringIO(csv_table(equal_terms(6, tuned="optim.lr", chosen={"joint": "1"})))))
+    assert float(rows[1]["difference"]) == pytest.approx(0.15) and float(rows[1]["difference_std"]) > 0
+    assert float(rows[1]["p_reference"]) == 0.03125 and rows[1]["p_best"] == "" and "p_best_std" not in rows[1]
+    assert (rows[0]["chosen"], rows[1]["chosen"], rows[1]["time_ratio"]) == ("1", "", "1.5")
+
+
+def test_enough_seeds_need_no_excuse_and_very_many_are_drawn() -> None:
+    assert not any("cannot reach" in note for note in equal_terms(6).notes)
+    assert any("99,999 sign flips" in note for note in equal_terms(17).notes)
+
+
+def test_a_method_without_a_finished_run_keeps_its_row() -> None:
+    lost = RunData("runs/late-0", manifest={"run": "late-seed0"}, status={"state": "failed", "error": "no\nmore"})
+    joint = [run("joint", seed, 0.6, 0.55, 0.3) for seed in (0, 1)]
+    table = compared({"joint": joint, "late": [lost], "aug": []}, "joint")
+    assert [(row.label, len(row.finished), row.corpus) for row in table.rows] == [
+        (label, n, "cremad") for label, n in (("joint", 2), ("late", 0), ("aug", 0))
+    ]
+    assert "late-seed0 is failed, and not in the numbers: no" in table.notes
+    assert "p_reference" not in table.columns and "p vs" not in text_table(table)
+    nothing = compared({"late": [lost], "aug": []}, "late")
+    assert text_table(nothing).splitlines()[2].split() == ["late", "0"]

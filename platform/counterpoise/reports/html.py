@@ -7,6 +7,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -14,24 +15,35 @@ from counterpoise import storage
 from counterpoise.contracts import DataError, Record
 from counterpoise.reports import curves
 from counterpoise.reports.records import RunData, duration, read_runs, reason
-from counterpoise.reports.tables import DASH, comparison, row_label
+from counterpoise.reports.tables import DASH, Table, comparison, row_label
 
 TEMPLATE = "template.html.j2"
+MOST_PANELS = 12  # runs of a comparison that are all drawn; of more, the first of each method
 
 
-def write_report(run_uris: Sequence[str], out_path: str, title: str | None = None) -> str:
+def write_report(run_uris: Sequence[str], out_path: str, title: str | None = None, table: Table | None = None) -> str:
     """Write the report of these runs to `out_path` (local or object storage); the path again."""
     if not run_uris:
         raise DataError("no runs to report on; give one or more run folders")
-    storage.write_bytes(out_path, render(read_runs(run_uris), out_path, title).encode())
+    runs = read_runs(run_uris) if table is None else [r for row in table.rows for r in (*row.finished, *row.others)]
+    storage.write_bytes(out_path, render(runs, out_path, title, table).encode())
     return out_path
 
 
-def render(runs: Sequence[RunData], out_path: str = "report.html", title: str | None = None) -> str:
-    """The page. out_path: where it will lie, for links from there to the run folders."""
+def render(
+    runs: Sequence[RunData], out_path: str = "report.html", title: str | None = None, table: Table | None = None
+) -> str:
+    """The page. out_path: where it will lie, for links from there to the run folders. table: in place of the usual."""
     import jinja2
 
-    table = comparison(runs)
+    if table is None:
+        tables = {"Comparison": comparison(runs)}
+        pictured = runs
+    else:
+        tables = {"Methods on equal terms": table}
+        if table.further:
+            tables["Further results"] = replace(table, columns=table.further)
+        pictured = runs if len(runs) <= MOST_PANELS else [row.finished[0] for row in table.rows if row.finished]
     source = importlib.resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -39,13 +51,10 @@ def render(runs: Sequence[RunData], out_path: str = "report.html", title: str | 
     environment.filters |= {"duration": duration, "value": _value, "number": _number}
     return environment.from_string(source).render(
         title=title or _title(runs),
-        corpora=table.corpora,
-        table=table,
+        tables=tables,
         row_label=row_label,
-        grown=any(row.classifiers != DASH for row in table.rows),
-        before=[key for key in table.columns if key not in ("epoch", "wall_s", "rate")],
-        after=[key for key in table.columns if key in ("epoch", "wall_s", "rate")],
-        pictures=[_inline(picture) for picture in curves.pictures(runs)],
+        after=("epoch", "wall_s", "rate"),
+        pictures=[_inline(picture) for picture in curves.pictures(pictured)],
         runs=[_section(i, run, out_path) for i, run in enumerate(runs)],
         anchor=lambda run: f"run-{next(i for i, other in enumerate(runs) if other is run)}",
         latest=max((str(run.manifest.get("created", ""))[:10] for run in runs), default=""),

@@ -1,28 +1,39 @@
-"""Comparison of runs: one row per (corpus, method, settings), mean and sample deviation over seeds."""
+"""Comparison of runs: one row per (corpus, method, settings), mean and sample deviation over seeds.
+
+`comparison` finds the rows itself; `compared` is given them, and adds what a comparison of methods can say beyond
+means: differences by seed, their significance, and the price in time.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from counterpoise.reports.records import FUSED, RunData, all_modalities, duration
+from counterpoise.reports.records import FUSED, RunData, all_modalities, duration, series
+from counterpoise.reports.significance import EXACT_UP_TO, RESAMPLES, Paired, against, power_note
 
 DASH = "-"
+DIFFERENCE, P_REFERENCE, P_BEST, CHOSEN, TIME_RATIO = "difference", "p_reference", "p_best", "chosen", "time_ratio"
+ONE_NUMBER = (P_REFERENCE, P_BEST, CHOSEN, TIME_RATIO)  # of a row, not of each of its runs
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of one row: the values of its runs. best: no other row of the corpus is better. spread: show it."""
+    """One number of one row: the values of its runs. best: no other row of the corpus is better. spread: show it.
+
+    text: stands in place of the number.
+    """
 
     values: tuple[float, ...]
     digits: int = 3
     best: bool = False
     seconds: bool = False
     spread: bool = True
+    text: str = ""
 
     @property
     def mean(self) -> float | None:
@@ -34,8 +45,8 @@ class Cell:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def __str__(self) -> str:
-        if self.mean is None:
-            return DASH
+        if self.text or self.mean is None:
+            return self.text or DASH
         if self.seconds:
             return duration(self.mean)
         text = f"{self.mean:.{self.digits}f}"
@@ -65,6 +76,13 @@ class Table:
 
     rows: list[Row]
     columns: dict[str, tuple[str, bool | None]]
+    further: dict[str, tuple[str, bool | None]] = field(default_factory=dict)  # columns that have a table of their own
+    remarks: list[str] = field(default_factory=list)  # more notes
+
+    @property
+    def grown(self) -> bool:
+        """Whether there is a column of classifiers."""
+        return "epoch" in self.columns and any(row.classifiers != DASH for row in self.rows)
 
     @property
     def corpora(self) -> list[str]:
@@ -85,8 +103,9 @@ class Table:
         for row in self.rows:
             for run in row.others:
                 at = f", epoch {len(run.epochs)} of {run.num_epochs}" if run.num_epochs else ""
-                notes.append(f"{run.name} is {run.state}{at}, and not in the numbers.")
-        return notes
+                why = next(iter(str(run.status.get("error") or "").splitlines()), "")
+                notes.append(f"{run.name} is {run.state}{at}, and not in the numbers{': ' + why if why else '.'}")
+        return [*notes, *self.remarks]
 
 
 def group_runs(runs: Sequence[RunData]) -> list[list[RunData]]:
@@ -135,22 +154,30 @@ def _values(runs: Sequence[RunData], *path: str) -> tuple[float, ...]:
     return tuple(found)
 
 
-def comparison(runs: Sequence[RunData]) -> Table:
-    """The table of all runs. Unfinished runs are named in the notes and not averaged."""
+def comparison(runs: Sequence[RunData], groups: Mapping[str, Sequence[RunData]] | None = None) -> Table:
+    """The table of all runs. Unfinished runs are named in the notes and not averaged.
+
+    groups: {label: its runs}, where the rows are known; by default runs are grouped by their settings.
+    """
+    if groups is None:
+        found = group_runs(runs)
+        labelled = list(zip(group_labels(found), found, strict=True))
+    else:
+        labelled = [(label, list(group)) for label, group in groups.items()]
     modalities = all_modalities(runs)
     columns: dict[str, tuple[str, bool | None]] = {FUSED: (FUSED, True)}
     columns |= {f"accuracy/{name}": (name, True) for name in modalities}
     columns |= {"gap": ("gap", False), "map": ("mAP", True), "macro_f1": ("macro-F1", True)}
     columns |= {"epoch": ("epoch", None), "wall_s": ("time", None), "rate": ("samples/s", None)}
     rows = []
-    groups = group_runs(runs)
-    for group, label in zip(groups, group_labels(groups), strict=True):
+    for label, group in labelled:
         done = [run for run in group if run.finished]
-        row = Row(group[0].corpus, group[0].method, label, group[0].settings_digest, done,
+        first = (done or group or [RunData("")])[0]
+        row = Row(first.corpus, first.method, label, first.settings_digest, done,
                   [run for run in group if not run.finished])  # fmt: skip
         splits = {_result(run)[0] for run in done}
         row.split = splits.pop() if len(splits) == 1 else "test"
-        single = len(group[0].modalities) < 2
+        single = len(first.modalities) < 2
         row.cells = {
             FUSED: Cell(_values(done, "result", "accuracy", FUSED)),
             **{f"accuracy/{m}": Cell(_values(done, "result", "accuracy", m)) for m in modalities},
@@ -166,6 +193,101 @@ def comparison(runs: Sequence[RunData]) -> Table:
     columns = {key: column for key, column in columns.items() if any(row.cells[key].values for row in rows)}
     _mark_best(rows, columns)
     return Table(rows, columns)
+
+
+def fused_by_seed(runs: Sequence[RunData]) -> dict[int, float]:
+    """{seed: fused accuracy} of the finished runs, on the split whose numbers the table shows."""
+    return {run.seed: values[0] for run in runs if run.finished and run.seed is not None
+            and (values := _values([run], "result", "accuracy", FUSED))}  # fmt: skip
+
+
+def best_label(scores: Mapping[str, Mapping[int, float]]) -> str | None:
+    """The method with the highest mean accuracy over its seeds, the first of equals; None if no run has finished."""
+    means = {label: statistics.fmean(own.values()) for label, own in scores.items() if own}
+    return max(means, key=lambda label: means[label]) if means else None
+
+
+def compared(
+    groups: Mapping[str, Sequence[RunData]],
+    reference: str,
+    *,
+    tuned: str = "",
+    chosen: Mapping[str, str] | None = None,
+    remarks: Sequence[str] = (),
+) -> Table:
+    """Methods on equal terms: accuracies, differences to `reference` by seed, and how significant they are.
+
+    groups: {method: its runs, one per seed}. tuned: the key of the setting that was tuned, chosen: {method: value}.
+    """
+    table = comparison([run for group in groups.values() for run in group], groups)
+    corpus = next((row.corpus for row in table.rows if row.finished), "?")
+    scores = {label: fused_by_seed(runs) for label, runs in groups.items()}
+    best = best_label(scores)
+    to_reference = against(reference, scores)
+    to_best = against(best, scores) if best is not None else {}
+    seconds = {label: _seconds_per_epoch(runs) for label, runs in groups.items()}
+    base = seconds[reference]
+    for row in table.rows:
+        row.corpus = corpus  # also of rows without a finished run
+        pair, own = to_reference.get(row.label), seconds[row.label]
+        row.cells[DIFFERENCE] = (
+            Cell(pair.differences, text=f"{pair.mean:+.3f}") if pair is not None and pair.mean is not None else Cell(())
+        )
+        row.cells[P_REFERENCE], row.cells[P_BEST] = _p_cell(pair), _p_cell(to_best.get(row.label))
+        row.cells[CHOSEN] = Cell((), text=(chosen or {}).get(row.label, ""))
+        row.cells[TIME_RATIO] = Cell((own / base,) if own and base else (), digits=2)
+    columns: dict[str, tuple[str, bool | None]] = {
+        key: column for key, column in table.columns.items() if key in (FUSED, "gap") or key.startswith("accuracy/")
+    }
+    columns |= {
+        DIFFERENCE: (f"vs {reference}", None),
+        P_REFERENCE: (f"p vs {reference}", None),
+        P_BEST: ("p vs best", None),
+        CHOSEN: (tuned, None),
+        TIME_RATIO: ("time ratio", None),
+    }
+    table.further = {key: column for key, column in table.columns.items() if key not in columns}
+    table.columns = {
+        k: c for k, c in columns.items() if any(row.cells[k].values or row.cells[k].text for row in table.rows)
+    }
+    _mark_best(table.rows, table.columns)
+    families = [(f"vs {reference}", list(to_reference.values())), ("vs best", list(to_best.values()))]
+    table.remarks = [*_test_notes(families, best), *_time_note(table, reference), *remarks]
+    return table
+
+
+def _p_cell(pair: Paired | None) -> Cell:
+    if pair is None or pair.p_holm is None:
+        return Cell(())
+    return Cell((pair.p_holm,), text="<0.0001" if pair.p_holm < 0.0001 else f"{pair.p_holm:.4f}")
+
+
+def _seconds_per_epoch(runs: Sequence[RunData]) -> float | None:
+    values = [value for run in runs if run.finished for value in series(run, "seconds")[1]]
+    return statistics.median(values) if values else None
+
+
+def _test_notes(families: Sequence[tuple[str, Sequence[Paired]]], best: str | None) -> list[str]:
+    tested = {name: [pair for pair in pairs if pair.p is not None] for name, pairs in families}
+    if not any(tested.values()):
+        return []
+    counts = ", ".join(f"{len(pairs)} {name}" for name, pairs in tested.items())
+    notes = [
+        "Differences are of fused accuracy, seed by seed. p: exact two-sided sign-flip test on them, with Holm's "
+        f"correction for the number of comparisons ({counts}).",
+        f"Best is {best}, by mean fused accuracy: picked by these same numbers, so p vs best describes and does not "
+        "confirm.",
+    ]
+    if any(pair.n > EXACT_UP_TO for pairs in tested.values() for pair in pairs):
+        notes.append(f"With more than {EXACT_UP_TO} seeds p is from {RESAMPLES:,} sign flips drawn with a fixed seed.")
+    short = [note for pairs in tested.values() if (note := power_note(pairs))]
+    return [*notes, *dict.fromkeys(short)]
+
+
+def _time_note(table: Table, reference: str) -> list[str]:
+    if TIME_RATIO not in table.columns:
+        return []
+    return [f"Time ratio: median seconds per epoch, divided by the median of {reference}; from the epochs' records."]
 
 
 def _classifiers(runs: Sequence[RunData]) -> str:
@@ -208,7 +330,7 @@ def _cells(table: Table, row: Row, mark: str = "") -> list[str]:
 def _grid(table: Table, mark: str = "") -> tuple[list[str], list[list[str]]]:
     """Headings and rows as text; the corpus only where there are several, classifiers only where there are any."""
     many = len(table.corpora) > 1
-    grown = any(row.classifiers != DASH for row in table.rows)
+    grown = table.grown
     at = list(table.columns).index("epoch") if "epoch" in table.columns else len(table.columns)
     headings = [heading for heading, _ in table.columns.values()]
     headings = [*["corpus"] * many, "method", "n", *headings[:at], *["classifiers"] * grown, *headings[at:]]
@@ -220,9 +342,9 @@ def _grid(table: Table, mark: str = "") -> tuple[list[str], list[list[str]]]:
     return headings, rows
 
 
-def text_table(runs: Sequence[RunData]) -> str:
+def text_table(runs: Sequence[RunData] | Table) -> str:
     """The comparison as aligned plain text, with the notes below it; no newline at the end."""
-    table = comparison(runs)
+    table = runs if isinstance(runs, Table) else comparison(runs)
     headings, rows = _grid(table)
     widths = [max(len(line[i]) for line in [headings, *rows]) for i in range(len(headings))]
     left = {i for i, heading in enumerate(headings) if heading in ("corpus", "method", "classifiers")}
@@ -243,9 +365,9 @@ def _markdown_safe(text: str) -> str:
     return text.replace("\n", " ")
 
 
-def markdown_table(runs: Sequence[RunData]) -> str:
+def markdown_table(runs: Sequence[RunData] | Table) -> str:
     """The comparison as a Markdown table; the best of each column is bold, the last column names the runs."""
-    table = comparison(runs)
+    table = runs if isinstance(runs, Table) else comparison(runs)
     headings, rows = _grid(table, mark="**")
     text_columns = {i for i, heading in enumerate(headings) if heading in ("corpus", "method", "classifiers")}
     rules = [":---" if i in text_columns else "---:" for i in range(len(headings))] + [":---"]
@@ -257,18 +379,21 @@ def markdown_table(runs: Sequence[RunData]) -> str:
     return "\n\n".join([text, *map(_markdown_safe, table.notes)]) + "\n"
 
 
-def csv_table(runs: Sequence[RunData]) -> str:
+def csv_table(runs: Sequence[RunData] | Table) -> str:
     """The comparison as CSV in full precision: mean and std of every column apart, then the runs."""
-    table = comparison(runs)
+    table = runs if isinstance(runs, Table) else comparison(runs)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     numbers = {key: key.removeprefix("accuracy/") for key in table.columns}
     numbers |= {"rate": "samples_per_s", "epoch": "selected_epoch"} if "rate" in numbers else {}
-    pairs = [column for name in numbers.values() for column in (name, f"{name}_std")]
+    pairs = [c for key, name in numbers.items() for c in ((name,) if key in ONE_NUMBER else (name, f"{name}_std"))]
     writer.writerow(["corpus", "method", "split", "n", *pairs, "classifiers", "settings", "runs"])
     for row in table.rows:
-        values = [v for key in numbers for v in (row.cells[key].mean, row.cells[key].std)]
-        cells = ["" if v is None else repr(v) for v in values]
+        cells = []
+        for key in numbers:
+            cell = row.cells[key]
+            values = (cell.mean,) if key in ONE_NUMBER else (cell.mean, cell.std)
+            cells += [cell.text] if key == CHOSEN else ["" if v is None else repr(v) for v in values]
         classifiers = "" if row.classifiers == DASH else row.classifiers
         writer.writerow([row.corpus, row.label, row.split, len(row.finished), *cells, classifiers, row.digest,
                          " ".join(row.runs)])  # fmt: skip
