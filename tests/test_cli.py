@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.conftest import SMALL_AUG, Done, new_folder, settings, write_corpus
+from tests.cases import SMALL_AUG
+from tests.conftest import Done, new_folder, settings, write_corpus
 
 from counterpoise import __version__
 from counterpoise.cli import main

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.conftest import SMALL_AUG, new_folder, settings, write_corpus
+from tests.cases import SMALL_AUG
+from tests.conftest import new_folder, settings, write_corpus
 
 from counterpoise.config import resolve
 from counterpoise.contracts import ConfigError, DataError, Interrupted, RefusedError, ResourceError

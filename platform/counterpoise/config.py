@@ -26,7 +26,7 @@ from pydantic import (
 
 from counterpoise.contracts import ConfigError, RefusedError
 from counterpoise.data.options import DataOptions
-from counterpoise.methods import METHODS, MethodConfig
+from counterpoise.methods import METHODS, Method, MethodConfig
 from counterpoise.models.encoders import ENCODERS, EncoderConfig
 
 MAX_FILE_BYTES = 1_000_000
@@ -112,9 +112,8 @@ class Experiment(_Section):
             value = {"name": value}
         if not isinstance(value, dict) or "name" not in value:
             raise ValueError("give a name and settings, e.g. {name: aug, lam: 0.5}")
-        if not isinstance(value["name"], str) or value["name"] not in METHODS:
-            raise ValueError(_unknown("method", str(value["name"]), METHODS))
-        return METHODS[value["name"]].Config(**{k: v for k, v in value.items() if k != "name"})
+        kind = known_method(str(value["name"]))
+        return kind.Config(**{k: v for k, v in value.items() if k != "name"})
 
     @field_serializer("method")
     def _method_out(self, value: MethodConfig) -> dict[str, Any]:
@@ -154,6 +153,13 @@ class Experiment(_Section):
 def _digest(data: Any) -> str:
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def known_method(name: str) -> type[Method[Any]]:
+    """The method of that name; ConfigError, with the nearest name, if there is none."""
+    if name not in METHODS:
+        raise ConfigError(_unknown("method", name, METHODS))
+    return METHODS[name]
 
 
 def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:

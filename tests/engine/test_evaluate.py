@@ -18,6 +18,7 @@ from counterpoise.engine.evaluate import Accumulator, Predictions, predict, spli
 from counterpoise.engine.job import open_data
 from counterpoise.engine.loop import make_method, make_network
 from counterpoise.engine.metrics import classification_metrics
+from counterpoise.engine.probe import fit_linear
 
 SCORES = np.array([[0.6, 0.3, 0.1], [0.3, 0.5, 0.2], [0.2, 0.7, 0.1], [0.5, 0.1, 0.4]])
 LABELS = np.array([0, 0, 1, 2])
@@ -121,3 +122,28 @@ def test_evaluating_changes_nothing(trained: Done) -> None:
     assert all((first.logits[name] == logits).all() for name, logits in second.logits.items())
     assert first.rows.tolist() == list(range(60))
     data.close()
+
+
+# --- linear probes
+
+
+def test_a_probe_separates_what_a_line_can_separate_and_repeats_itself() -> None:
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    features = 3 * torch.eye(3)[labels] + 0.3 * torch.randn(90, 3, generator=rng)
+    probe, again, other = (fit_linear(features, labels, 3, seed) for seed in (1, 1, 2))
+    assert (probe(features).argmax(dim=1) == labels).all()
+    assert probe.weight.equal(again.weight) and not probe.weight.equal(other.weight)
+
+
+def test_probes_of_a_finished_run_are_parts_beside_its_own_numbers(trained: Done, tmp_path: Path) -> None:
+    before = trained.weights
+    result = evaluate_run(trained.folder.uri, probe=True)
+    parts = result["accuracy_of_part"]
+    assert {name for name in parts if name.endswith("/probe")} == {"strong/probe", "weak/probe"}
+    assert parts["strong/probe"] > parts["weak/probe"] > 0.25
+    assert result["accuracy"] == trained.summary["test"]["accuracy"]
+    assert all(before[name].equal(value) for name, value in trained.weights.items())
+    copy = write_corpus(tmp_path / "copy")
+    elsewhere = evaluate_run(trained.folder.uri, corpus=copy, probe=True)
+    assert elsewhere["accuracy_of_part"] == parts, "probes are fitted to the run's own train split"

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
+from pydantic import BaseModel
 from torch.nn import functional as F
 
 from counterpoise.contracts import ConfigError, Step
 from counterpoise.engine.comm import SingleComm
 from counterpoise.methods import METHODS
 from counterpoise.methods.base import Setting
+from counterpoise.methods.describe import describe
 from counterpoise.methods.joint import Joint, JointConfig
 from counterpoise.methods.late import Late, LateConfig
 from counterpoise.methods.unimodal import Unimodal, UnimodalConfig
@@ -53,9 +59,34 @@ def test_unimodal_training_uses_its_modality_only() -> None:
         Unimodal.uses(UnimodalConfig(modality="vidoe"), ["audio", "video"])
 
 
+SOURCES = re.compile(r"\b(paper|released|authors|ours|BalanceMM|Eq\.|Table|baseline)")
+
+
+def leaves(config: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    for key, field in config.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from leaves(kind)
+        else:
+            yield key, field.description or ""
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_describe_themselves(name: str) -> None:
     method = METHODS[name]
-    assert method.__doc__ and method.paper
-    for key, field in method.Config.model_fields.items():
-        assert field.description, f"{name}.{key} has no description"
+    page = describe(name, method)
+    assert method.__doc__ and method.paper and method.modality_predictions and method.beyond_two
+    for text in (method.modality_predictions, method.beyond_two, method.released):
+        assert " ".join(text.split()) in " ".join(page.split())
+    assert (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0] in page
+    for key, description in leaves(method.Config):
+        assert f"{key} = " in page and " ".join(description.split()) in " ".join(page.split())
+        if name not in ("joint", "late", "unimodal"):
+            assert SOURCES.search(description), f"{name}.{key} does not say where its default comes from"
+
+
+def test_generalisations_that_are_ours_are_marked() -> None:
+    """Methods that were published as a comparison of two modalities."""
+    for name in ("ogm", "ogm_ge", "opm", "pmr"):
+        if name in METHODS:
+            assert METHODS[name].beyond_two.startswith("ours: "), name

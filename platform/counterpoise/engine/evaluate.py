@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,32 +118,48 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(
-    net: MultimodalNet, method: Method[Any], data: DataSource, split: str, comm: Comm, device: torch.device
-) -> Predictions:
-    """Predictions for a whole split, equal on every worker. Rows that do not decode are left out."""
-    net.eval()
+def gather_rows(
+    compute: Callable[[Batch], dict[str, torch.Tensor]],
+    data: DataSource,
+    split: str,
+    comm: Comm,
+    device: torch.device,
+) -> tuple[npt.NDArray[np.int64], dict[str, torch.Tensor]]:
+    """The decodable rows of a split, ascending, and the tables [N, D] that `compute` (batch -> {name: [B, D]}) gives
+    for them, equal on every worker."""
     total = data.num_samples(split)
     seen = torch.zeros(total, device=device)
     tables: dict[str, torch.Tensor] = {}
     for raw in data.batches(split):
         batch = to_device(raw, device)
-        out = method.predict(net, batch)
-        logits = {**predictions(net, method, out), **method.parts(net, out)}
-        for name, z in logits.items():
+        for name, values in compute(batch).items():
             if name not in tables:
-                tables[name] = torch.zeros(total, z.shape[1], device=device)
-            tables[name][batch[ROW]] = z.float()
+                tables[name] = torch.zeros(total, values.shape[1], device=device)
+            tables[name][batch[ROW]] = values.float()
         seen[batch[ROW]] += 1
-    names = comm.broadcast(sorted(tables) if comm.rank == 0 else None)
-    width = len(data.classes)
-    tables = {n: comm.sum(tables.get(n, torch.zeros(total, width, device=device))) for n in names}
-    counts = comm.sum(seen).cpu().numpy()
-    if (counts > 1).any():
+    widths = comm.broadcast({name: table.shape[1] for name, table in tables.items()})  # rank 0 has the first rows
+    counts = comm.sum(seen)
+    if bool((counts > 1).any()):
         raise DataError(f"split {split}: {int((counts > 1).sum())} rows were read more than once")
-    rows = np.flatnonzero(counts)
+    rows = counts.nonzero().squeeze(1)
+    empty = {name: torch.zeros(total, width, device=device) for name, width in widths.items() if name not in tables}
+    return rows.cpu().numpy(), {name: comm.sum((tables | empty)[name])[rows] for name in sorted(widths)}
+
+
+@torch.no_grad()
+def predict(
+    net: MultimodalNet, method: Method[Any], data: DataSource, split: str, comm: Comm, device: torch.device
+) -> Predictions:
+    """Predictions for a whole split, equal on every worker. Rows that do not decode are left out."""
+    net.eval()
+
+    def compute(batch: Batch) -> dict[str, torch.Tensor]:
+        out = method.predict(net, batch)
+        return {**predictions(net, method, out), **method.parts(net, out)}
+
+    rows, tables = gather_rows(compute, data, split, comm, device)
     labels = np.asarray(data.labels(split))[rows]
-    return Predictions(rows, labels, {n: t.cpu().numpy()[rows] for n, t in tables.items()})
+    return Predictions(rows, labels, {name: table.cpu().numpy() for name, table in tables.items()})
 
 
 def prediction_columns(found: Predictions, data: DataSource, split: str) -> dict[str, Any]:

@@ -56,6 +56,7 @@ from counterpoise.engine.optim import (
     optimizer_state,
     set_learning_rate,
 )
+from counterpoise.engine.probe import probe_logits, with_probes
 from counterpoise.engine.run import RunFolder
 from counterpoise.functional import accuracy_gap, derived_seed
 from counterpoise.methods import METHODS, Method, Setting
@@ -637,6 +638,10 @@ class Trainer:
         state = load_model(self.net, self._selected())
         split = "test" if self.data.num_samples("test") else "valid" if self.data.num_samples("valid") else "train"
         found = predict(self.net, self.method, self.data, split, self.comm, self.device)
+        if self.method.probe:
+            seed = self.experiment.seed
+            probes = probe_logits(self.net, self.data, self.data, split, self.comm, self.device, seed)
+            found = with_probes(found, probes, replace=True)
         self._collect_skipped()
         if self.folder is None:
             return None

@@ -144,7 +144,9 @@ class AUGConfig(MethodConfig):
         description="residual label: released code's form, or as printed in the paper (clamped at 0)",
     )
     objectives: Objectives = Field(Objectives(), description="terms of Eq. 5")
-    assign: Literal["adaptive", "fixed"] = Field("adaptive", description="ACA, or `classifiers` from the start")
+    assign: Literal["adaptive", "fixed"] = Field(
+        "adaptive", description="ACA (paper), or `classifiers` from the start (Table 5)"
+    )
     classifiers: dict[str, int] = Field(
         {},
         description="classifiers per modality at the start; 1 for those not named (Table 5: 10 or 12 for the weak one)",
