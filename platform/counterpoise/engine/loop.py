@@ -389,6 +389,7 @@ class Trainer:
         self._check_finite()
         if self.local_statistics:
             average_statistics(self.net, self.comm)
+        self.method.before_evaluation(self.net, self._context())
         sums = self.sums.reduce(self.comm)
         train = split_stats(sums)
         self._collect_skipped()

@@ -109,6 +109,9 @@ class Method(Generic[C]):
     def begin_epoch(self, net: MultimodalNet, context: EpochContext) -> None:
         """Called on every worker before the first batch of an epoch, not when an epoch is resumed."""
 
+    def before_evaluation(self, net: MultimodalNet, context: EpochContext) -> None:
+        """Called on every worker after the last batch of an epoch; what it changes is evaluated and may be selected."""
+
     def end_epoch(self, net: MultimodalNet, context: EpochContext) -> None:
         """Called on every worker after an epoch and its evaluation, before `decide`."""
 
