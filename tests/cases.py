@@ -13,6 +13,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "aug": {"name": "aug", "hidden": 16, "check_every": 1},
     "joint": {"name": "joint"},
     "late": {"name": "late"},
+    "ogm": {"name": "ogm"},
+    "ogm_ge": {"name": "ogm_ge", "alpha": 0.1},
     "unimodal": {"name": "unimodal", "modality": "weak"},
 }
 SMALL_AUG = SMALL["aug"]
@@ -28,6 +30,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "aug-fixed-assignment": ("pair", {"method": {**SMALL_AUG, "assign": "fixed", "classifiers": {"weak": 3}}}),
     "aug-frozen": ("pair", {"method": {**SMALL_AUG, "train_new_classifiers": False}}),
     "aug-of-three-learned-weights": ("three", {"method": {**SMALL_AUG, "weights": "learned"}}),
+    "ogm-continuous": ("pair", {"method": {"name": "ogm", "form": "continuous", "head": "sum", "last_epoch": 2}}),
+    "ogm_ge-pictures": (
+        "media",
+        {"modalities": PICTURES, "batch_size": 16, "method": {"name": "ogm_ge", "tensors": "conv"}},
+    ),
     # --- not about one method
     "adam-cosine": (
         "pair",

@@ -20,6 +20,15 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return -(target * F.log_softmax(logits, dim=-1)).sum(dim=-1)
 
 
+def mean_ratios(scores: Tensor) -> Tensor:
+    """How much stronger each modality is than the others: the mean of S_m / S_j over all j != m [M], M >= 2.
+
+    With two modalities the ratio of one to the other, and its inverse. Never above 1 for the weakest.
+    """
+    table = scores.unsqueeze(1) / scores.clamp(min=1e-12)
+    return table.fill_diagonal_(0).sum(dim=1) / (len(scores) - 1)
+
+
 def accuracy_gap(accuracy: Mapping[str, float]) -> float:
     """Accuracy of the best single modality minus that of the worst; "fused" does not count."""
     single = [value for name, value in accuracy.items() if name != "fused"]

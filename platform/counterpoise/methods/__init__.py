@@ -8,12 +8,15 @@ from counterpoise.methods.aug import AUG
 from counterpoise.methods.base import Method, MethodConfig, Setting
 from counterpoise.methods.joint import Joint
 from counterpoise.methods.late import Late
+from counterpoise.methods.ogm import OGM, OGMGE
 from counterpoise.methods.unimodal import Unimodal
 
 METHODS: dict[str, type[Method[Any]]] = {
     "aug": AUG,
     "joint": Joint,
     "late": Late,
+    "ogm": OGM,
+    "ogm_ge": OGMGE,
     "unimodal": Unimodal,
 }
 
