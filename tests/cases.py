@@ -13,6 +13,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "aug": {"name": "aug", "hidden": 16, "check_every": 1},
     "joint": {"name": "joint"},
     "late": {"name": "late"},
+    "mmpareto": {"name": "mmpareto"},
     "ogm": {"name": "ogm"},
     "ogm_ge": {"name": "ogm_ge", "alpha": 0.1},
     "unimodal": {"name": "unimodal", "modality": "weak"},

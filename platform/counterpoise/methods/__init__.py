@@ -8,6 +8,7 @@ from counterpoise.methods.aug import AUG
 from counterpoise.methods.base import Method, MethodConfig, Setting
 from counterpoise.methods.joint import Joint
 from counterpoise.methods.late import Late
+from counterpoise.methods.mmpareto import MMPareto
 from counterpoise.methods.ogm import OGM, OGMGE
 from counterpoise.methods.unimodal import Unimodal
 
@@ -15,6 +16,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "aug": AUG,
     "joint": Joint,
     "late": Late,
+    "mmpareto": MMPareto,
     "ogm": OGM,
     "ogm_ge": OGMGE,
     "unimodal": Unimodal,
