@@ -78,7 +78,7 @@ def test_the_loop_does_not_know_ray() -> None:
     assert "ray" not in loaded("import counterpoise.engine.loop, counterpoise.engine.local, counterpoise.start")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["compare", "--help"]], ids=" ".join)
 def test_help_is_quick_because_it_imports_nothing_heavy(arguments: list[str]) -> None:
     code = f"from counterpoise.cli import app\ntry:\n    app({arguments!r})\nexcept SystemExit:\n    pass"
     assert not loaded(code) & set(HEAVY)

@@ -129,6 +129,91 @@ def _print_results(uris: Sequence[str], summaries: Sequence[dict[str, Any]]) -> 
 
 
 @app.command()
+def compare(
+    experiment: Annotated[
+        str | None, typer.Argument(help="Experiment file (YAML). Left out with --resume: the comparison's own.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            "-m",
+            metavar="A,B,...",
+            help="Methods, with settings: joint,aug:lam=0.2:optim.lr=0.1. all: every one that can run.",
+            show_default="with --resume: as before",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds of every method.", show_default="5, or as before")
+    ] = None,
+    first_seed: Annotated[
+        int | None, typer.Option(min=0, help="The first of them.", show_default="0, or as before")
+    ] = None,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=V1,V2,...", help="A grid for every method, e.g. optim.lr=0.01,0.03,0.1; chosen on valid."
+        ),
+    ] = None,
+    tune_seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds that choose.", show_default="1, or as before")
+    ] = None,
+    sets: Sets = None,
+    engine: Annotated[str, typer.Option(help="local: this process; ray: Ray Train and Ray Data.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Workers that share every batch.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="torch threads per worker.", show_default="cores / workers")
+    ] = None,
+    runs: Runs = "runs",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the comparison.", show_default="corpus-compare-time")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the comparison --name; more --seeds or --methods extend it.")
+    ] = False,
+    checkpoint_every: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Longest time between checkpoints.")
+    ] = 60,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use.", show_default="start one here")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="HTML file to write.", show_default="report.html in the folder")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything; print the plan and the trials.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train methods with the same seeds and budget; a table with exact paired tests, and a report."""
+    from counterpoise.compare import compare as run_comparison
+    from counterpoise.start import Settings
+
+    _choice("--engine", engine, ("local", "ray"))
+    complete = run_comparison(
+        experiment=experiment,
+        methods=methods,
+        settings=Settings(engine, workers, device, threads, checkpoint_every, address, verbose=verbose),
+        runs=runs,
+        name=name,
+        sets=sets or [],
+        seeds=seeds,
+        first_seed=first_seed,
+        tune=tune,
+        tune_seeds=tune_seeds,
+        resume=resume,
+        dry_run=dry_run,
+        out=out,
+        as_json=as_json,
+    )
+    if not complete:
+        say("counterpoise: some trials failed, see the notes; --resume tries them again")
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 2,
     engine: Annotated[str, typer.Option(help="ray or local.")] = "ray",

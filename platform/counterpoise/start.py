@@ -277,9 +277,14 @@ class StopRequest:
         return 130 if self.reason == "SIGINT" else 75
 
 
-def run_jobs(jobs: Sequence[Job], settings: Settings, *, show: bool = True) -> list[dict[str, Any]]:
-    """Execute jobs one after another with the chosen engine, showing what happens; their summaries."""
-    stop = StopRequest()
+def run_jobs(
+    jobs: Sequence[Job], settings: Settings, *, show: bool = True, stop: StopRequest | None = None
+) -> list[dict[str, Any]]:
+    """Execute jobs one after another with the chosen engine, showing what happens; their summaries.
+
+    stop: of a caller that has more to do afterwards, and must know too.
+    """
+    stop = stop or StopRequest()
     done = threading.Event()
     viewer = None
     if show:

@@ -101,11 +101,7 @@ class RunFolder:
         manifest: Mapping[str, Any],
     ) -> RunFolder:
         """A new folder. A name in use is refused; of several processes with one name exactly one gets it."""
-        if not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"run name {name!r}: up to 100 letters, digits, dashes, dots and underscores; "
-                "the first is a letter, a digit or an underscore"
-            )
+        check_name(name)
         if line := _line_with_secret(experiment_text):
             raise ConfigError(
                 f"line {line} of the experiment holds what looks like a secret and would be saved. "
@@ -491,6 +487,15 @@ class RunFolder:
 
 
 _held: weakref.WeakValueDictionary[str, RunFolder] = weakref.WeakValueDictionary()  # locks of this process
+
+
+def check_name(name: str) -> None:
+    """ConfigError for what cannot be the name of a run or of a folder of runs."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"run name {name!r}: up to 100 letters, digits, dashes, dots and underscores; "
+            "the first is a letter, a digit or an underscore"
+        )
 
 
 def list_runs(root_uri: str) -> list[RunFolder]:
