@@ -16,6 +16,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mmpareto": {"name": "mmpareto"},
     "ogm": {"name": "ogm"},
     "ogm_ge": {"name": "ogm_ge", "alpha": 0.1},
+    "opm": {"name": "opm"},
     "unimodal": {"name": "unimodal", "modality": "weak"},
 }
 SMALL_AUG = SMALL["aug"]
@@ -31,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "aug-fixed-assignment": ("pair", {"method": {**SMALL_AUG, "assign": "fixed", "classifiers": {"weak": 3}}}),
     "aug-frozen": ("pair", {"method": {**SMALL_AUG, "train_new_classifiers": False}}),
     "aug-of-three-learned-weights": ("three", {"method": {**SMALL_AUG, "weights": "learned"}}),
+    "opm-same-batch": ("pair", {"method": {"name": "opm", "q_of": "same_batch", "warmup": 1}}),
     "ogm-continuous": ("pair", {"method": {"name": "ogm", "form": "continuous", "head": "sum", "last_epoch": 2}}),
     "ogm_ge-pictures": (
         "media",

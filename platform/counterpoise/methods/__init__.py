@@ -10,6 +10,7 @@ from counterpoise.methods.joint import Joint
 from counterpoise.methods.late import Late
 from counterpoise.methods.mmpareto import MMPareto
 from counterpoise.methods.ogm import OGM, OGMGE
+from counterpoise.methods.opm import OPM
 from counterpoise.methods.unimodal import Unimodal
 
 METHODS: dict[str, type[Method[Any]]] = {
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "mmpareto": MMPareto,
     "ogm": OGM,
     "ogm_ge": OGMGE,
+    "opm": OPM,
     "unimodal": Unimodal,
 }
 
