@@ -59,6 +59,21 @@ def shown(*runs: Path | str, **options: Any) -> str:
     return out.getvalue()
 
 
+def test_the_stage_is_named_where_a_run_has_several() -> None:
+    record = {**EPOCH, "stage": "fusion"}
+    stages = ["unimodal", "fusion"]
+    assert "  stage fusion    loss" in epoch_line(record, epochs=30, stages=stages)
+    assert "stage" not in epoch_line({**EPOCH, "stage": "train"}, epochs=30, stages=["train"])
+    header = epoch_header(record, epochs=30, stages=stages)
+    line = epoch_line(record, epochs=30, stages=stages, left_s=75, labels=False)
+    assert header.index("loss") + len("loss") == line.index("1.234") + len("1.234")
+
+
+def test_a_decision_about_weights_names_them() -> None:
+    record = {"epoch": 9, "action": "blend_weights", "inputs": {"weights": {"audio": 0.25, "fused": 0.75}}}
+    assert decision_line(record) == "epoch 9  blend weights: audio 0.250, fused 0.750"
+
+
 def test_epoch_line() -> None:
     line = epoch_line(EPOCH, epochs=30, left_s=75)
     assert line == (

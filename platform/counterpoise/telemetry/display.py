@@ -58,34 +58,50 @@ def epoch_line(
     *,
     epochs: int | None = None,
     modalities: Sequence[str] | None = None,
+    stages: Sequence[str] = (),
     left_s: float | None = None,
     labels: bool = True,
 ) -> str:
     """One finished epoch in one line. labels: name the numbers; without, they stand below `epoch_header`.
 
+    stages: names of the run's stages; the epoch's own is shown if there are several.
+
     Accuracies are on valid where there is such a split, else on train. The gap is shown for two modalities or more.
     """
-    cells = _epoch_cells(record, epochs, modalities, left_s)
+    cells = _epoch_cells(record, epochs, modalities, stages, left_s)
     if labels:
         return "  ".join(f"{name} {text}".rstrip() for name, text, _ in cells).rstrip()
     return "  ".join(text.rjust(width) for _, text, width in cells).rstrip()
 
 
-def epoch_header(record: Record, *, epochs: int | None = None, modalities: Sequence[str] | None = None) -> str:
+def epoch_header(
+    record: Record,
+    *,
+    epochs: int | None = None,
+    modalities: Sequence[str] | None = None,
+    stages: Sequence[str] = (),
+) -> str:
     """The names of the columns of `epoch_line(..., labels=False)`."""
-    return "  ".join(name.rjust(width) for name, _, width in _epoch_cells(record, epochs, modalities, 0.0)).rstrip()
+    cells = _epoch_cells(record, epochs, modalities, stages, 0.0)
+    return "  ".join(name.rjust(width) for name, _, width in cells).rstrip()
 
 
 def _epoch_cells(
-    record: Record, epochs: int | None, modalities: Sequence[str] | None, left_s: float | None
+    record: Record,
+    epochs: int | None,
+    modalities: Sequence[str] | None,
+    stages: Sequence[str],
+    left_s: float | None,
 ) -> list[tuple[str, str, int]]:
     """Name, text and width of every column."""
     accuracy = _accuracy(record)
     names = [name for name in (modalities or accuracy) if name != FUSED]
     digits = len(str(epochs or 0))
     count = f"{record.get('epoch', '?')!s:>{digits}}" + (f"/{epochs}" if epochs else "")
-    cells = [
-        ("epoch", count),
+    cells = [("epoch", count)]
+    if len(set(stages)) > 1:
+        cells.append(("stage", str(record.get("stage", "?")).ljust(max(map(len, stages)))))
+    cells += [
         ("loss", _number(_part(record, "train").get("loss"))),
         (FUSED, _number(accuracy.get(FUSED))),
     ]
@@ -110,6 +126,8 @@ def decision_line(record: Record) -> str:
         what = "no classifier added"
     else:
         what = str(record.get("action") or "decision").replace("_", " ")
+        if weights := _mapping(inputs.get("weights")):
+            what += ": " + ", ".join(f"{name} {_number(value)}" for name, value in weights.items())
     return f"epoch {record.get('epoch', '?')}  {what}" + _because(inputs, added)
 
 
@@ -217,6 +235,12 @@ class Tail:
     @property
     def epochs(self) -> int | None:
         return self.start.get("epochs") or self.status.get("epochs")
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What `epoch_line` and `epoch_header` must know of the run."""
+        stages = [str(stage["name"]) for stage in self.start.get("stages") or ()]
+        return {"epochs": self.epochs, "modalities": self.modalities, "stages": stages}
 
     @property
     def state(self) -> str:
@@ -446,7 +470,7 @@ class _Plain(_Display):
 
     def epoch(self, record: Record) -> None:
         left = self.tail.left_s(record)
-        text = epoch_line(record, epochs=self.tail.epochs, modalities=self.tail.modalities, left_s=left)
+        text = epoch_line(record, **self.tail.columns, left_s=left)
         at = float(record.get("time") or 0.0)
         self._held = (text, at, time.monotonic())
         if at - self._shown_at >= MIN_LINE_S:
@@ -495,12 +519,10 @@ class _Live(_Display):
         self._print(text, style)
 
     def epoch(self, record: Record) -> None:
-        epochs, modalities = self.tail.epochs, self.tail.modalities
         if self._header_due:
-            self._print(epoch_header(record, epochs=epochs, modalities=modalities), "dim")
+            self._print(epoch_header(record, **self.tail.columns), "dim")
             self._header_due = False
-        left = self.tail.left_s(record)
-        self._print(epoch_line(record, epochs=epochs, modalities=modalities, left_s=left, labels=False))
+        self._print(epoch_line(record, **self.tail.columns, left_s=self.tail.left_s(record), labels=False))
 
     def refresh(self) -> None:
         shown = (self.tail.uri, self.tail.status, self.tail.last)
