@@ -62,7 +62,7 @@ def shown(*runs: Path | str, **options: Any) -> str:
 def test_the_stage_is_named_where_a_run_has_several() -> None:
     record = {**EPOCH, "stage": "fusion"}
     stages = ["unimodal", "fusion"]
-    assert "  stage fusion    loss" in epoch_line(record, epochs=30, stages=stages)
+    assert "  stage fusion  loss" in epoch_line(record, epochs=30, stages=stages)
     assert "stage" not in epoch_line({**EPOCH, "stage": "train"}, epochs=30, stages=["train"])
     header = epoch_header(record, epochs=30, stages=stages)
     line = epoch_line(record, epochs=30, stages=stages, left_s=75, labels=False)
