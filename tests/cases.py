@@ -13,6 +13,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "aug": {"name": "aug", "hidden": 16, "check_every": 1},
     "joint": {"name": "joint"},
     "late": {"name": "late"},
+    "mla": {"name": "mla"},
     "mmpareto": {"name": "mmpareto"},
     "ogm": {"name": "ogm"},
     "ogm_ge": {"name": "ogm_ge", "alpha": 0.1},
@@ -38,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "media",
         {"modalities": PICTURES, "batch_size": 16, "method": {"name": "ogm_ge", "tensors": "conv"}},
     ),
+    "mla-fixed": ("pair", {"method": {"name": "mla", "fusion": "fixed", "weights": {"strong": 0.3, "weak": 0.7}}}),
     # --- not about one method
     "adam-cosine": (
         "pair",
@@ -58,7 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Nothing new with two workers.
-ALONE = {"joint-sum", "aug-fixed-weights", "aug-fixed-assignment", "aug-frozen", "dropout"}
+ALONE = {"joint-sum", "aug-fixed-weights", "aug-fixed-assignment", "aug-frozen", "dropout", "mla-fixed"}
 # Cases that two workers also go through with interruptions, after so many controls.
 STOPS = {"aug-learned-weights": [4, 9], "local-batch-norm": [4], "aug": [7]}
 # Cases whose objective changes on the way, so that its first and last values do not compare.

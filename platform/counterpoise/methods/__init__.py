@@ -8,6 +8,7 @@ from counterpoise.methods.aug import AUG
 from counterpoise.methods.base import Method, MethodConfig, Setting
 from counterpoise.methods.joint import Joint
 from counterpoise.methods.late import Late
+from counterpoise.methods.mla import MLA
 from counterpoise.methods.mmpareto import MMPareto
 from counterpoise.methods.ogm import OGM, OGMGE
 from counterpoise.methods.opm import OPM
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "aug": AUG,
     "joint": Joint,
     "late": Late,
+    "mla": MLA,
     "mmpareto": MMPareto,
     "ogm": OGM,
     "ogm_ge": OGMGE,
