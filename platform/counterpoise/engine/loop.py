@@ -371,7 +371,7 @@ class Trainer:
         if stage.aside:
             tensors = {"model": self.net.state_dict(), "optimizer": optimizer_state(self.optimizer, self.net)}
             self.before_aside = {kind: {k: v.clone() for k, v in part.items()} for kind, part in tensors.items()}
-        if stage.begin == "best" and self.progress.best_name:
+        if stage.begin == "best" and self.progress.best_epoch:  # its name is known on rank 0 only
             load_model(self.net, self._selected())
         if stage.fresh_optimizer:
             self.optimizer = self._new_optimizer()
