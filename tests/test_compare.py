@@ -213,6 +213,14 @@ def test_tuning_needs_a_valid_split(tmp_path: Path, place: Path, command: Comman
     assert ended.code == 2 and "--tune chooses on the valid split" in ended.err
 
 
+def test_tuning_on_the_split_that_is_shown_is_said(tmp_path: Path, place: Path, command: Command) -> None:
+    bare = write_corpus(tmp_path / "bare", rows={"train": 40, "valid": 20})
+    (place / "small.yaml").write_text(yaml.safe_dump(settings(bare, epochs=1)))
+    ended = command("-m", "joint", "--seeds", 1, "--tune", "optim.lr=0.1,0.2")
+    assert ended.code == 0 and "joint (valid)" in ended.out
+    assert "The corpus has no test split: values were chosen by the numbers that are shown." in ended.out
+
+
 def test_a_value_that_fails_loses_and_a_method_that_loses_all_is_left_out(place: Path, command: Command) -> None:
     ended = command("-m", "joint", "--seeds", 2, "--tune", "optim.lr=1e9,0.05", "--name", "t")
     assert ended.code == 0 and "1e9 failed" in ended.out and len(ended.trials) == 3
@@ -232,9 +240,9 @@ def test_a_comparison_and_its_extension(place: Path, command: Command) -> None:
     assert ", about " in ended.err and "trial 2 of 4" in ended.err
     lines = ended.out.splitlines()
     assert lines[0].split()[:3] == ["method", "n", "fused"] and "p vs joint" in lines[0] and "time ratio" in lines[0]
-    assert "2 seeds cannot reach p < 0.05" in ended.out and "Runs of late: late-seed0, late-seed1" in ended.out
+    assert "2 seeds cannot reach p < 0.05" in ended.out
     page = (place / "runs" / "c" / "report.html").read_text()
-    assert "<h2>Methods on equal terms</h2>" in page and "late-seed1" in page
+    assert "<h2>Methods on equal terms</h2>" in page and "late-seed1" in page and "joint and late on " in page
     manifest = RunFolder.open(str(place / "runs" / "c" / "late-seed1")).manifest
     assert manifest["seed"] == 1 and manifest["argv"][0] != "counterpoise"
 
@@ -349,3 +357,16 @@ def test_a_trial_of_other_data_is_refused(place: Path, command: Command, pretend
     folder.write_json("run.json", folder.manifest | {"data_fingerprint": "another"})
     ended = command("--resume", "--name", "d", "--seeds", 2)
     assert ended.code == 6 and "is not the one this run was started with" in ended.err
+
+
+@pytest.mark.s3
+def test_a_comparison_may_lie_in_object_storage(bucket: str, command: Command, pretend: Callable[..., None]) -> None:
+    pretend(lambda *_: 0.5, lambda *_: 0.5)
+    runs = f"{bucket}/runs"
+    ended = command("-m", "joint,late", "--seeds", 1, "--runs", runs, "--name", "c")
+    assert ended.code == 0 and "report" not in ended.err, "a report is for a place where it can be opened"
+    taken = command("-m", "joint,late", "--runs", runs, "--name", "c")
+    assert taken.code == 6
+    out = f"{bucket}/report.html"
+    ended = command("--resume", "--runs", runs, "--name", "c", "--seeds", 2, "--out", out)
+    assert ended.code == 0 and ended.trials == ["joint seed 1", "late seed 1"] and f"report in {out}" in ended.err

@@ -479,6 +479,8 @@ def tabulate(
     notes = [tuning_note(key, label, chosen[label], own) for label, own in valid.items()]
     if asked.tune:
         notes.append(f"Chosen on valid alone, with {_span(asked.tune.seeds)}.")
+        if any(run.summary and not run.summary.get("test") for group in groups.values() for run in group):
+            notes.append("The corpus has no test split: values were chosen by the numbers that are shown.")
     shown = {label: value for label, value in chosen.items() if value is not None}
     return compared(groups, reference, tuned=key, chosen=shown, remarks=notes), reference
 

@@ -50,7 +50,7 @@ def render(
     )
     environment.filters |= {"duration": duration, "value": _value, "number": _number}
     return environment.from_string(source).render(
-        title=title or _title(runs),
+        title=title or _title(runs, table),
         tables=tables,
         row_label=row_label,
         after=("epoch", "wall_s", "rate"),
@@ -61,8 +61,8 @@ def render(
     )
 
 
-def _title(runs: Sequence[RunData]) -> str:
-    methods = list(dict.fromkeys(run.method for run in runs))
+def _title(runs: Sequence[RunData], table: Table | None) -> str:
+    methods = list(dict.fromkeys(run.method for run in runs)) if table is None else [row.label for row in table.rows]
     corpora = list(dict.fromkeys(run.corpus for run in runs))
     shown = methods[0] if len(methods) == 1 else f"{', '.join(methods[:-1])} and {methods[-1]}"
     if len(methods) > 5:

@@ -231,7 +231,9 @@ def compared(
         row.corpus = corpus  # also of rows without a finished run
         pair, own = to_reference.get(row.label), seconds[row.label]
         row.cells[DIFFERENCE] = (
-            Cell(pair.differences, text=f"{pair.mean:+.3f}") if pair is not None and pair.mean is not None else Cell(())
+            Cell(pair.differences, text=f"{round(pair.mean, 3) + 0.0:+.3f}")
+            if pair is not None and pair.mean is not None
+            else Cell(())
         )
         row.cells[P_REFERENCE], row.cells[P_BEST] = _p_cell(pair), _p_cell(to_best.get(row.label))
         row.cells[CHOSEN] = Cell((), text=(chosen or {}).get(row.label, ""))
@@ -252,7 +254,7 @@ def compared(
     }
     _mark_best(table.rows, table.columns)
     families = [(f"vs {reference}", list(to_reference.values())), ("vs best", list(to_best.values()))]
-    table.remarks = [*_test_notes(families, best), *_time_note(table, reference), *remarks]
+    table.remarks = [*_test_notes(families, best), *_time_notes(table, reference), *remarks]
     return table
 
 
@@ -284,10 +286,17 @@ def _test_notes(families: Sequence[tuple[str, Sequence[Paired]]], best: str | No
     return [*notes, *dict.fromkeys(short)]
 
 
-def _time_note(table: Table, reference: str) -> list[str]:
-    if TIME_RATIO not in table.columns:
-        return []
-    return [f"Time ratio: median seconds per epoch, divided by the median of {reference}; from the epochs' records."]
+def _time_notes(table: Table, reference: str) -> list[str]:
+    notes = []
+    if TIME_RATIO in table.columns:
+        notes.append(
+            f"Time ratio: median seconds per epoch, divided by the median of {reference}; from the epochs' records."
+        )
+    epochs = {row.label: max(len(run.epochs) for run in row.finished) for row in table.rows if row.finished}
+    if len(set(epochs.values())) > 1:
+        shown = ", ".join(f"{label} {count}" for label, count in epochs.items())
+        notes.append(f"Epochs of a run, with those that a method tries out and takes back: {shown}.")
+    return notes
 
 
 def _classifiers(runs: Sequence[RunData]) -> str:
@@ -354,7 +363,8 @@ def text_table(runs: Sequence[RunData] | Table) -> str:
         return "  ".join(padded).rstrip()
 
     lines = [line(headings), line(["-" * w for w in widths]), *(line(row) for row in rows)]
-    sources = [f"{row_label(row)}: {', '.join(row.runs)}" for row in table.rows if row.runs not in ([], [row.label])]
+    named = [] if table.further else table.rows  # runs of a comparison are many, and named after method and seed
+    sources = [f"{row_label(row)}: {', '.join(row.runs)}" for row in named if row.runs not in ([], [row.label])]
     notes = [*table.notes, *(f"Runs of {source}" for source in sources)]
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
