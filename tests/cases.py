@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "ogm": {"name": "ogm"},
     "ogm_ge": {"name": "ogm_ge", "alpha": 0.1},
     "opm": {"name": "opm"},
+    "pmr": {"name": "pmr"},
     "unimodal": {"name": "unimodal", "modality": "weak"},
 }
 SMALL_AUG = SMALL["aug"]
@@ -40,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"modalities": PICTURES, "batch_size": 16, "method": {"name": "ogm_ge", "tensors": "conv"}},
     ),
     "mla-fixed": ("pair", {"method": {"name": "mla", "fusion": "fixed", "weights": {"strong": 0.3, "weak": 0.7}}}),
+    "pmr-released": ("pair", {"method": {**SMALL["pmr"], "form": "released", "head": "sum"}}),
     # --- not about one method
     "adam-cosine": (
         "pair",
@@ -62,6 +64,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 # Nothing new with two workers.
 ALONE = {"joint-sum", "aug-fixed-weights", "aug-fixed-assignment", "aug-frozen", "dropout", "mla-fixed"}
 # Cases that two workers also go through with interruptions, after so many controls.
-STOPS = {"aug-learned-weights": [4, 9], "local-batch-norm": [4], "aug": [7]}
+STOPS = {"aug-learned-weights": [4, 9], "local-batch-norm": [4], "aug": [7], "pmr": [13]}
 # Cases whose objective changes on the way, so that its first and last values do not compare.
 MOVING_OBJECTIVE = {"adam-cosine", "legacy-steps", "large-batches", *(name for name in CASES if name.startswith("aug"))}

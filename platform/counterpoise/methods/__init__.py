@@ -12,6 +12,7 @@ from counterpoise.methods.mla import MLA
 from counterpoise.methods.mmpareto import MMPareto
 from counterpoise.methods.ogm import OGM, OGMGE
 from counterpoise.methods.opm import OPM
+from counterpoise.methods.pmr import PMR
 from counterpoise.methods.unimodal import Unimodal
 
 METHODS: dict[str, type[Method[Any]]] = {
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "ogm": OGM,
     "ogm_ge": OGMGE,
     "opm": OPM,
+    "pmr": PMR,
     "unimodal": Unimodal,
 }
 
