@@ -15,6 +15,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "late": {"name": "late"},
     "mla": {"name": "mla"},
     "mmpareto": {"name": "mmpareto"},
+    "mslr": {"name": "mslr", "window": 1, "factors": {"strong": 0.9, "weak": 1.1}},
     "ogm": {"name": "ogm"},
     "ogm_ge": {"name": "ogm_ge", "alpha": 0.1},
     "opm": {"name": "opm"},
@@ -34,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "aug-fixed-assignment": ("pair", {"method": {**SMALL_AUG, "assign": "fixed", "classifiers": {"weak": 3}}}),
     "aug-frozen": ("pair", {"method": {**SMALL_AUG, "train_new_classifiers": False}}),
     "aug-of-three-learned-weights": ("three", {"method": {**SMALL_AUG, "weights": "learned"}}),
+    "mslr-gradients": ("pair", {"method": {**SMALL["mslr"], "apply": "gradients"}}),
     "opm-same-batch": ("pair", {"method": {"name": "opm", "q_of": "same_batch", "warmup": 1}}),
     "ogm-continuous": ("pair", {"method": {"name": "ogm", "form": "continuous", "head": "sum", "last_epoch": 2}}),
     "ogm_ge-pictures": (

@@ -10,6 +10,7 @@ from counterpoise.methods.joint import Joint
 from counterpoise.methods.late import Late
 from counterpoise.methods.mla import MLA
 from counterpoise.methods.mmpareto import MMPareto
+from counterpoise.methods.mslr import MSLR
 from counterpoise.methods.ogm import OGM, OGMGE
 from counterpoise.methods.opm import OPM
 from counterpoise.methods.pmr import PMR
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "late": Late,
     "mla": MLA,
     "mmpareto": MMPareto,
+    "mslr": MSLR,
     "ogm": OGM,
     "ogm_ge": OGMGE,
     "opm": OPM,
