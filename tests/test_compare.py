@@ -5,8 +5,9 @@ Where only the bookkeeping matters, `pretend` stands for training: it writes the
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,26 @@ def test_a_trial_of_other_data_is_refused(place: Path, command: Command, pretend
     folder.write_json("run.json", folder.manifest | {"data_fingerprint": "another"})
     ended = command("--resume", "--name", "d", "--seeds", 2)
     assert ended.code == 6 and "is not the one this run was started with" in ended.err
+
+
+def test_one_ray_cluster_serves_all_trials(
+    command: Command, pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def cluster(workers: int, tasks: int, **options: Any) -> Iterator[None]:
+        seen.append(f"up for {workers}")
+        yield
+        seen.append("down")
+
+    pytest.importorskip("ray")
+    monkeypatch.setattr("counterpoise.launch.cluster.cluster", cluster)
+    pretend(lambda *_: 0.5, lambda *_: 0.5, lambda name, stop: seen.append(name))
+    more = ("--engine", "ray", "--workers", 2, "--name", "r")
+    assert command("-m", "joint,late", "--seeds", 1, "--tune", "optim.lr=1,2", *more).code == 0
+    assert seen[0] == "up for 2" and seen[-1] == "down" and len(seen) == 6
+    assert command("--resume", *more).code == 0 and len(seen) == 6, "nothing to do needs no cluster"
 
 
 @pytest.mark.s3
