@@ -182,4 +182,4 @@ def test_epochs_that_a_method_has_beyond_the_others_are_said() -> None:
     one, two = run("joint", 0, 0.6, 0.55, 0.3), run("aug", 0, 0.6, 0.55, 0.3)
     one.epochs, two.epochs = ([{"epoch": i, "seconds": 1.0} for i in range(1, n + 1)] for n in (4, 6))
     notes = compared({"joint": [one], "aug": [two]}, "joint").notes
-    assert "Epochs of a run, with those that a method tries out and takes back: joint 4, aug 6." in notes
+    assert "Epochs of a run, with those that a method tries out and takes back: aug 6, all others 4." in notes

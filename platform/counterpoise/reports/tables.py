@@ -294,8 +294,9 @@ def _time_notes(table: Table, reference: str) -> list[str]:
         )
     epochs = {row.label: max(len(run.epochs) for run in row.finished) for row in table.rows if row.finished}
     if len(set(epochs.values())) > 1:
-        shown = ", ".join(f"{label} {count}" for label, count in epochs.items())
-        notes.append(f"Epochs of a run, with those that a method tries out and takes back: {shown}.")
+        least = min(epochs.values())
+        more = ", ".join(f"{label} {count}" for label, count in epochs.items() if count > least)
+        notes.append(f"Epochs of a run, with those that a method tries out and takes back: {more}, all others {least}.")
     return notes
 
 
