@@ -237,13 +237,16 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     corpus: Annotated[str | None, typer.Option(help="Another corpus with the same modalities and classes.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also fit a linear probe to every frozen encoder: compares between methods.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate the selected epoch of a finished run on a split, and save the predictions."""
     from counterpoise.engine.again import evaluate_run
 
     _choice("--split", split, ("train", "valid", "test"))
-    result = evaluate_run(run, split, corpus, device)
+    result = evaluate_run(run, split, corpus, device, probe)
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -259,6 +262,8 @@ def evaluate(
         )
     if len(names) > 2:
         print(f"gap between modalities {result['gap']:.4f}")
+    for part, accuracy in result.get("accuracy_of_part", {}).items():
+        print(f"accuracy of {part} {accuracy:.4f}")
     if result["skipped"]:
         say(f"{result['skipped']} rows could not be decoded and are left out")
     say(f"predictions in {result['predictions']}")
@@ -368,35 +373,26 @@ def corpora_check(
 
 
 @methods.command("list")
-def methods_list() -> None:
+def methods_list(as_json: Json = False) -> None:
     """Methods that an experiment can name."""
     from counterpoise.methods import METHODS
 
-    width = max(map(len, METHODS))
-    for name, method in METHODS.items():
-        print(f"{name:{width}}  {(method.__doc__ or '').splitlines()[0]}")
+    rows = [(name, (method.__doc__ or "").splitlines()[0], method.paper) for name, method in METHODS.items()]
+    if as_json:
+        print(json.dumps([dict(zip(("name", "summary", "paper"), row, strict=True)) for row in rows], indent=2))
+        return
+    width = max(len(name) for name, *_ in rows)
+    for name, summary, _ in rows:
+        print(f"{name:{width}}  {summary}")
 
 
 @methods.command("show")
 def methods_show(name: Annotated[str, typer.Argument(help="A method of `methods list`.")]) -> None:
-    """The formula of a method and its settings with defaults."""
-    from difflib import get_close_matches
+    """The formula of a method, where it departs from paper or released code, and its settings with defaults."""
+    from counterpoise.config import known_method
+    from counterpoise.methods.describe import describe
 
-    from counterpoise.methods import METHODS
-
-    if name not in METHODS:
-        hint = get_close_matches(name, METHODS, 1)
-        raise ConfigError(
-            f"unknown method {name!r}"
-            + (f", did you mean {hint[0]!r}?" if hint else "")
-            + f" (known: {', '.join(METHODS)})"
-        )
-    method = METHODS[name]
-    print((sys.modules[method.__module__].__doc__ or "").strip())
-    print("\nsettings")
-    for key, field in method.Config.model_fields.items():
-        default = "required" if field.is_required() else repr(field.default)
-        print(f"  {key} = {default}\n      {field.description or ''}")
+    print(describe(name, known_method(name)))
 
 
 @bench.command("step")
