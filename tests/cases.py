@@ -10,6 +10,7 @@ PICTURES = {name: {"name": "cnn", "channels": [4, 6], "width": 8, "norm": "batch
 
 # Settings that make every method small and quick. One row per method, in the order of METHODS.
 SMALL: dict[str, dict[str, Any]] = {
+    "agm": {"name": "agm"},
     "aug": {"name": "aug", "hidden": 16, "check_every": 1},
     "joint": {"name": "joint"},
     "late": {"name": "late"},
@@ -35,6 +36,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "aug-fixed-assignment": ("pair", {"method": {**SMALL_AUG, "assign": "fixed", "classifiers": {"weak": 3}}}),
     "aug-frozen": ("pair", {"method": {**SMALL_AUG, "train_new_classifiers": False}}),
     "aug-of-three-learned-weights": ("three", {"method": {**SMALL_AUG, "weights": "learned"}}),
+    "agm-scale": ("pair", {"method": {"name": "agm", "mode": "scale", "head": "sum", "alpha": 0.5, "clip": None}}),
+    "agm-pictures": ("media", {"modalities": PICTURES, "batch_size": 16, "method": SMALL["agm"]}),
+    "agm-pictures-released": (
+        "media",
+        {"modalities": PICTURES, "batch_size": 16, "method": {"name": "agm", "padded": "network", "last_epoch": 2}},
+    ),
     "mslr-gradients": ("pair", {"method": {**SMALL["mslr"], "apply": "gradients"}}),
     "opm-same-batch": ("pair", {"method": {"name": "opm", "q_of": "same_batch", "warmup": 1}}),
     "ogm-continuous": ("pair", {"method": {"name": "ogm", "form": "continuous", "head": "sum", "last_epoch": 2}}),

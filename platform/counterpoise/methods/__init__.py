@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from counterpoise.methods.agm import AGM
 from counterpoise.methods.aug import AUG
 from counterpoise.methods.base import Method, MethodConfig, Setting
 from counterpoise.methods.joint import Joint
@@ -17,6 +18,7 @@ from counterpoise.methods.pmr import PMR
 from counterpoise.methods.unimodal import Unimodal
 
 METHODS: dict[str, type[Method[Any]]] = {
+    "agm": AGM,
     "aug": AUG,
     "joint": Joint,
     "late": Late,
