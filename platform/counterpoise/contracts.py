@@ -190,7 +190,8 @@ class EpochContext:
         """This worker's part of a split, on its device, without augmentation, in row order.
 
         fraction: of the rows, at least one; chosen anew every epoch, the same rows for any number of workers.
-        Workers get different numbers of batches (even none), so collectives belong after the last one.
+        Workers get different numbers of batches (even none), so collectives belong after the last one. A split that
+        the corpus lacks has none.
         """
         return self.read(split, fraction)
 

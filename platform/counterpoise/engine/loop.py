@@ -361,6 +361,8 @@ class Trainer:
         if split not in ("train", "valid"):
             raise ValueError(f"a method may read train and valid, not {split!r}")
         total, rows = self.data.num_samples(split), None
+        if not total:
+            return  # a corpus without this split
         if fraction < 1:
             draw = generator("subset", self.experiment.seed, split, self.progress.epoch)
             rows = sorted(draw.choice(total, max(1, round(fraction * total)), replace=False).tolist())
