@@ -1,6 +1,6 @@
 """MMPareto: single-modality losses that help an encoder without pulling against the joint loss.
 
-Wei, Hu. MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assistance. ICML 2024, Algorithm 1.
+Wei, Hu. MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assistance. ICML 2024.
 
     L_mm = CE(z, y) of the joint head,  L_m = CE(z_m, y) of a private head per modality
     heads: gradient of L_mm + sum_m L_m
