@@ -12,6 +12,7 @@ PICTURES = {name: {"name": "cnn", "channels": [4, 6], "width": 8, "norm": "batch
 SMALL: dict[str, dict[str, Any]] = {
     "agm": {"name": "agm"},
     "aug": {"name": "aug", "hidden": 16, "check_every": 1},
+    "g_blend": {"name": "g_blend", "probe_epochs": 2},
     "joint": {"name": "joint"},
     "late": {"name": "late"},
     "mla": {"name": "mla"},
@@ -51,6 +52,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mla-fixed": ("pair", {"method": {"name": "mla", "fusion": "fixed", "weights": {"strong": 0.3, "weak": 0.7}}}),
     "pmr-released": ("pair", {"method": {**SMALL["pmr"], "form": "released", "head": "sum"}}),
+    "g_blend-online": ("pair", {"method": {"name": "g_blend", "mode": "online", "super_epoch": 2}}),
+    "g_blend-fixed": ("pair", {"method": {"name": "g_blend", "mode": "fixed", "inference": "average"}}),
     # --- not about one method
     "adam-cosine": (
         "pair",
@@ -71,8 +74,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Nothing new with two workers.
-ALONE = {"joint-sum", "aug-fixed-weights", "aug-fixed-assignment", "aug-frozen", "dropout", "mla-fixed"}
+ALONE = {
+    "joint-sum",
+    "aug-fixed-weights",
+    "aug-fixed-assignment",
+    "aug-frozen",
+    "dropout",
+    "mla-fixed",
+    "g_blend-fixed",
+}
 # Cases that two workers also go through with interruptions, after so many controls.
-STOPS = {"aug-learned-weights": [4, 9], "local-batch-norm": [4], "aug": [7], "pmr": [13]}
+STOPS = {"aug-learned-weights": [4, 9], "local-batch-norm": [4], "aug": [7], "pmr": [13], "g_blend-online": [19]}
 # Cases whose objective changes on the way, so that its first and last values do not compare.
-MOVING_OBJECTIVE = {"adam-cosine", "legacy-steps", "large-batches", *(name for name in CASES if name.startswith("aug"))}
+MOVING_OBJECTIVE = {
+    "adam-cosine",
+    "legacy-steps",
+    "large-batches",
+    *(name for name in CASES if name.startswith("aug")),
+    "g_blend",
+    "g_blend-of-three",
+    "g_blend-online",
+}

@@ -7,6 +7,7 @@ from typing import Any
 from counterpoise.methods.agm import AGM
 from counterpoise.methods.aug import AUG
 from counterpoise.methods.base import Method, MethodConfig, Setting
+from counterpoise.methods.g_blend import GBlend
 from counterpoise.methods.joint import Joint
 from counterpoise.methods.late import Late
 from counterpoise.methods.mla import MLA
@@ -20,6 +21,7 @@ from counterpoise.methods.unimodal import Unimodal
 METHODS: dict[str, type[Method[Any]]] = {
     "agm": AGM,
     "aug": AUG,
+    "g_blend": GBlend,
     "joint": Joint,
     "late": Late,
     "mla": MLA,
