@@ -13,6 +13,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "agm": {"name": "agm"},
     "aug": {"name": "aug", "hidden": 16, "check_every": 1},
     "g_blend": {"name": "g_blend", "probe_epochs": 2},
+    "gradient_boosting": {"name": "gradient_boosting", "hidden": 16, "round_epochs": 1},
     "joint": {"name": "joint"},
     "late": {"name": "late"},
     "mla": {"name": "mla"},
@@ -54,6 +55,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pmr-released": ("pair", {"method": {**SMALL["pmr"], "form": "released", "head": "sum"}}),
     "g_blend-online": ("pair", {"method": {"name": "g_blend", "mode": "online", "super_epoch": 2}}),
     "g_blend-fixed": ("pair", {"method": {"name": "g_blend", "mode": "fixed", "inference": "average"}}),
+    "gradient_boosting": ("pair", {"method": SMALL["gradient_boosting"], "epochs": 6}),
+    "gradient_boosting-search": (
+        "pair",
+        {
+            "method": {**SMALL["gradient_boosting"], "line_search": True, "start": "best", "boost": ["strong", "weak"]},
+            "epochs": 6,
+        },
+    ),
+    "gradient_boosting-soft": ("pair", {"method": {**SMALL["gradient_boosting"], "soft_ce": True}, "epochs": 6}),
+    "gradient_boosting-pictures": (
+        "media",
+        {"modalities": PICTURES, "batch_size": 16, "method": SMALL["gradient_boosting"], "epochs": 5},
+    ),
     # --- not about one method
     "adam-cosine": (
         "pair",
@@ -82,9 +96,17 @@ ALONE = {
     "dropout",
     "mla-fixed",
     "g_blend-fixed",
+    "gradient_boosting-soft",
 }
 # Cases that two workers also go through with interruptions, after so many controls.
-STOPS = {"aug-learned-weights": [4, 9], "local-batch-norm": [4], "aug": [7], "pmr": [13], "g_blend-online": [19]}
+STOPS = {
+    "aug-learned-weights": [4, 9],
+    "local-batch-norm": [4],
+    "aug": [7],
+    "pmr": [13],
+    "g_blend-online": [19],
+    "gradient_boosting-search": [30],
+}
 # Cases whose objective changes on the way, so that its first and last values do not compare.
 MOVING_OBJECTIVE = {
     "adam-cosine",
@@ -95,3 +117,4 @@ MOVING_OBJECTIVE = {
     "g_blend-of-three",
     "g_blend-online",
 }
+MOVING_OBJECTIVE |= {name for name in CASES if name.startswith(("gradient_boosting",))}

@@ -8,6 +8,7 @@ from counterpoise.methods.agm import AGM
 from counterpoise.methods.aug import AUG
 from counterpoise.methods.base import Method, MethodConfig, Setting
 from counterpoise.methods.g_blend import GBlend
+from counterpoise.methods.gradient_boosting import GradientBoosting
 from counterpoise.methods.joint import Joint
 from counterpoise.methods.late import Late
 from counterpoise.methods.mla import MLA
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "agm": AGM,
     "aug": AUG,
     "g_blend": GBlend,
+    "gradient_boosting": GradientBoosting,
     "joint": Joint,
     "late": Late,
     "mla": MLA,

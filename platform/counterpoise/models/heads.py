@@ -67,8 +67,12 @@ class SumHead(Head):
         super().__init__(widths, num_classes)
         self.linears = nn.ModuleDict({name: linear(width, num_classes) for name, width in widths.items()})
 
+    def term(self, modality: str, features: Tensor) -> Any:
+        """Logits of a modality [B, K]."""
+        return self.linears[modality](features)
+
     def forward(self, features: dict[str, Tensor]) -> Outputs:
-        unimodal = {name: self.linears[name](u) for name, u in features.items()}
+        unimodal = {name: self.term(name, u) for name, u in features.items()}
         complete = len(unimodal) == len(self.modalities)
         return Outputs(features, unimodal, sum(unimodal[m] for m in self.modalities) if complete else None)
 
