@@ -16,6 +16,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "gradient_boosting": {"name": "gradient_boosting", "hidden": 16, "round_epochs": 1},
     "joint": {"name": "joint"},
     "late": {"name": "late"},
+    "lfm": {"name": "lfm", "schedule": "constant", "first": 0.7},
     "mla": {"name": "mla"},
     "mmpareto": {"name": "mmpareto"},
     "mslr": {"name": "mslr", "window": 1, "factors": {"strong": 0.9, "weak": 1.1}},
@@ -68,6 +69,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "media",
         {"modalities": PICTURES, "batch_size": 16, "method": SMALL["gradient_boosting"], "epochs": 5},
     ),
+    "lfm-fitted": ("pair", {"method": {"name": "lfm"}, "epochs": 6}),
+    "lfm-learned": ("pair", {"method": {"name": "lfm", "schedule": "learned", "first": 0.5, "rate": 0.05}}),
+    "lfm-swapped": ("pair", {"method": {"name": "lfm", "schedule": "linear", "alignment": "swapped"}, "epochs": 6}),
     # --- not about one method
     "adam-cosine": (
         "pair",
@@ -97,6 +101,8 @@ ALONE = {
     "mla-fixed",
     "g_blend-fixed",
     "gradient_boosting-soft",
+    "lfm-fitted",
+    "lfm-swapped",
 }
 # Cases that two workers also go through with interruptions, after so many controls.
 STOPS = {
@@ -106,6 +112,7 @@ STOPS = {
     "pmr": [13],
     "g_blend-online": [19],
     "gradient_boosting-search": [30],
+    "lfm-learned": [13],
 }
 # Cases whose objective changes on the way, so that its first and last values do not compare.
 MOVING_OBJECTIVE = {
@@ -118,3 +125,4 @@ MOVING_OBJECTIVE = {
     "g_blend-online",
 }
 MOVING_OBJECTIVE |= {name for name in CASES if name.startswith(("gradient_boosting",))}
+MOVING_OBJECTIVE |= {name for name in CASES if name.startswith(("lfm-fitted", "lfm-learned", "lfm-swapped"))}

@@ -11,6 +11,7 @@ from counterpoise.methods.g_blend import GBlend
 from counterpoise.methods.gradient_boosting import GradientBoosting
 from counterpoise.methods.joint import Joint
 from counterpoise.methods.late import Late
+from counterpoise.methods.lfm import LFM
 from counterpoise.methods.mla import MLA
 from counterpoise.methods.mmpareto import MMPareto
 from counterpoise.methods.mslr import MSLR
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "gradient_boosting": GradientBoosting,
     "joint": Joint,
     "late": Late,
+    "lfm": LFM,
     "mla": MLA,
     "mmpareto": MMPareto,
     "mslr": MSLR,
