@@ -18,7 +18,8 @@ the mode "scale" they are for measuring only: the plain loss, and gradients of e
 clipped to norm 1 if an entry of the head's weights has one above 1.
 
 Cost: 2^M - 1 passes through the head. Through the encoders one pass, and one over a single row of zeros, which is the
-same for all samples; with `padded: network` the real inputs go through a second time.
+same for all samples; with `padded: network` the real inputs go through a second time. With two small CNNs a step
+takes 1.13 times, and 2.3 times, as long as one of joint training.
 
 Differs from the released code: there a pass with zeros runs the whole network in evaluation mode, so that with batch
 normalisation or dropout m_i mixes features of two kinds (`padded: network`). Here features of real inputs are those of
