@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "late": {"name": "late"},
     "lfm": {"name": "lfm", "schedule": "constant", "first": 0.7},
     "mla": {"name": "mla"},
+    "mmcosine": {"name": "mmcosine"},
     "mmpareto": {"name": "mmpareto"},
     "mslr": {"name": "mslr", "window": 1, "factors": {"strong": 0.9, "weak": 1.1}},
     "ogm": {"name": "ogm"},
@@ -72,6 +73,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm-fitted": ("pair", {"method": {"name": "lfm"}, "epochs": 6}),
     "lfm-learned": ("pair", {"method": {"name": "lfm", "schedule": "learned", "first": 0.5, "rate": 0.05}}),
     "lfm-swapped": ("pair", {"method": {"name": "lfm", "schedule": "linear", "alignment": "swapped"}, "epochs": 6}),
+    "mmcosine-product": ("pair", {"method": {"name": "mmcosine", "prediction": "product"}}),
     # --- not about one method
     "adam-cosine": (
         "pair",
@@ -103,6 +105,7 @@ ALONE = {
     "gradient_boosting-soft",
     "lfm-fitted",
     "lfm-swapped",
+    "mmcosine-product",
 }
 # Cases that two workers also go through with interruptions, after so many controls.
 STOPS = {

@@ -13,6 +13,7 @@ from counterpoise.methods.joint import Joint
 from counterpoise.methods.late import Late
 from counterpoise.methods.lfm import LFM
 from counterpoise.methods.mla import MLA
+from counterpoise.methods.mmcosine import MMCosine
 from counterpoise.methods.mmpareto import MMPareto
 from counterpoise.methods.mslr import MSLR
 from counterpoise.methods.ogm import OGM, OGMGE
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "late": Late,
     "lfm": LFM,
     "mla": MLA,
+    "mmcosine": MMCosine,
     "mmpareto": MMPareto,
     "mslr": MSLR,
     "ogm": OGM,

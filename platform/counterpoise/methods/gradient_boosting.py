@@ -151,7 +151,7 @@ class GradientBoostingConfig(MethodConfig):
 
 
 class GradientBoosting(Method[GradientBoostingConfig]):
-    """Naive training, then frozen: only a growing sum of classifiers of the weak modality is fitted to what is left."""
+    """Naive training, then frozen; classifiers added to the weak modality are fitted to what is left."""
 
     Config = GradientBoostingConfig
     paper = "toy of Fig. 1 in Jiang, Huang, Yang. NeurIPS 2025"
