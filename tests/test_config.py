@@ -142,7 +142,7 @@ def test_settings_of_a_method_are_checked_one_by_one() -> None:
 
 
 def test_unknown_names_come_with_the_nearest_known_one() -> None:
-    assert "unknown method 'agu', did you mean 'aug'? (known: aug, joint, " in problems(PLAIN | {"method": "agu"})
+    assert "unknown method 'agu', did you mean 'aug'? (known: agm, aug, " in problems(PLAIN | {"method": "agu"})
     text = problems(PLAIN | {"modalities": {"audio": "resnet81"}})
     assert "unknown encoder 'resnet81', did you mean 'resnet18'?" in text
     assert "modalities.audio.widht: unknown key, did you mean 'width'?" in problems(PLAIN, "modalities.audio.widht=3")

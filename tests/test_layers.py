@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "platform" / "counterpoise"
-BASE = {"contracts", "functional", "storage"}
+BASE = {"contracts", "functional", "storage", "wording"}
 # What each part sees besides itself. What is started by hand (cli, start, demo, ...) may see everything.
 SEES = {
     "contracts": set(),
+    "wording": set(),
     "functional": {"contracts"},
     "storage": {"contracts"},
     "data": BASE,

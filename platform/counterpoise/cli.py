@@ -12,6 +12,7 @@ import typer
 
 from counterpoise import __version__
 from counterpoise.contracts import ConfigError, CounterpoiseError
+from counterpoise.wording import did_you_mean
 
 app = typer.Typer(
     name="counterpoise",
@@ -417,12 +418,7 @@ def bench_step(
 
 def _choice(flag: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        from difflib import get_close_matches
-
-        hint = get_close_matches(value, allowed, 1)
-        raise ConfigError(
-            f"{flag} is {value!r}" + (f", did you mean {hint[0]!r}?" if hint else "") + f"; choose {', '.join(allowed)}"
-        )
+        raise ConfigError(f"{flag} is {value!r}{did_you_mean(value, allowed)}; choose {', '.join(allowed)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

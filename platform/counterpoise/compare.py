@@ -38,10 +38,11 @@ from counterpoise.data.card import load_card
 from counterpoise.engine.run import MANIFEST, RunFolder, check_name, redact
 from counterpoise.methods import METHODS
 from counterpoise.reports.html import write_report
-from counterpoise.reports.records import FUSED, RunData, duration, read_run
+from counterpoise.reports.records import FUSED, RunData, read_run
 from counterpoise.reports.tables import CHOSEN, Table, best_label, compared, fused_by_seed, text_table
 from counterpoise.start import Preview, Settings, StopRequest, check_same_data, make_job, new_run, preview, run_jobs
 from counterpoise.storage import join
+from counterpoise.wording import duration
 
 COMPARISON = "comparison.json"
 SEEDS = 5

@@ -28,6 +28,7 @@ from counterpoise.contracts import ConfigError, RefusedError
 from counterpoise.data.options import DataOptions
 from counterpoise.methods import METHODS, Method, MethodConfig
 from counterpoise.models.encoders import ENCODERS, EncoderConfig
+from counterpoise.wording import did_you_mean
 
 MAX_FILE_BYTES = 1_000_000
 
@@ -163,12 +164,7 @@ def known_method(name: str) -> type[Method[Any]]:
 
 
 def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
-    hint = get_close_matches(name, known, 1)
-    return (
-        f"unknown {what} {name!r}"
-        + (f", did you mean {hint[0]!r}?" if hint else "")
-        + (f" (known: {', '.join(sorted(known))})")
-    )
+    return f"unknown {what} {name!r}{did_you_mean(name, known)} (known: {', '.join(sorted(known))})"
 
 
 # --- reading
@@ -299,8 +295,7 @@ def explain(error: ValidationError, source: str, tree: Mapping[str, Any], origin
         text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             known = _known_keys(location[:-1], tree)
-            hint = get_close_matches(location[-1], known, 1)
-            text = "unknown key" + (f", did you mean {hint[0]!r}?" if hint else "")
+            text = "unknown key" + did_you_mean(location[-1], known)
             text += f" (known: {', '.join(known)})" if known else ""
         elif problem["type"] == "missing":
             text = "is missing"

@@ -79,9 +79,9 @@ def test_a_prepared_corpus_is_kept(small):
 
 
 def test_wrong_names_and_options_are_named(tmp_path):
-    with pytest.raises(ConfigError, match="no corpus is called 'avdigits'; did you mean 'av_digits'"):
+    with pytest.raises(ConfigError, match="no corpus is called 'avdigits', did you mean 'av_digits'"):
         prepare("avdigits")
-    with pytest.raises(ConfigError, match="no option 'sed'; did you mean 'seed'"):
+    with pytest.raises(ConfigError, match="no option 'sed', did you mean 'seed'"):
         prepare("av_digits", str(tmp_path / "x"), sed=1)
     with pytest.raises(ConfigError, match="train is 5; give at least 10"):
         prepare("av_digits", str(tmp_path / "x"), train=5)

@@ -32,17 +32,17 @@ def test_the_defaults_of_audio_are_those_of_the_crema_d_papers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(lable="x"), "lable: unknown key; did you mean 'label'?"),
-        (lambda r: r["splits"].update(val={"files": "x"}), "splits.val: no such split; did you mean 'valid'?"),
-        (lambda r: r["splits"]["train"].update(fils="x"), "splits.train.fils: unknown key; did you mean 'files'?"),
-        (lambda r: r["modalities"]["audio"].update(colum="x"), "modalities.audio.colum: unknown key; did you mean"),
+        (lambda r: r.update(lable="x"), "lable: unknown key, did you mean 'label'?"),
+        (lambda r: r["splits"].update(val={"files": "x"}), "splits.val: no such split, did you mean 'valid'?"),
+        (lambda r: r["splits"]["train"].update(fils="x"), "splits.train.fils: unknown key, did you mean 'files'?"),
+        (lambda r: r["modalities"]["audio"].update(colum="x"), "modalities.audio.colum: unknown key, did you mean"),
         (
             lambda r: r["modalities"]["audio"]["preprocess"].update(sample_rat=1),
-            "modalities.audio.preprocess.sample_rat: unknown key; did you mean 'sample_rate'?",
+            "modalities.audio.preprocess.sample_rat: unknown key, did you mean 'sample_rate'?",
         ),
         (
             lambda r: r["modalities"]["audio"].update(kind="audo"),
-            "modalities.audio.kind is 'audo'; did you mean 'audio'?",
+            "modalities.audio.kind is 'audo', did you mean 'audio'?",
         ),
         (lambda r: r["modalities"]["image"].pop("preprocess"), "modalities.image.preprocess: missing"),
         (lambda r: r["modalities"]["image"]["preprocess"].update(size=[0, 8]), "each side must lie in 1..4096"),
@@ -81,7 +81,7 @@ def test_hostile_text_is_refused(text, message):
 
 def test_unknown_modalities_are_named():
     card = parsed(lambda raw: None)
-    with pytest.raises(ConfigError, match="corpus tiny has no modality 'adio'; did you mean 'audio'"):
+    with pytest.raises(ConfigError, match="corpus tiny has no modality 'adio', did you mean 'audio'"):
         card.select(["adio"])
     assert list(card.select(["text", "audio"])) == ["text", "audio"]
 
@@ -93,7 +93,7 @@ def test_names_are_looked_up_among_prepared_corpora(tmp_path, monkeypatch):
     (folder / "corpus.yaml").write_text(yaml.safe_dump(CARD))
     assert load_card("tiny").folder == str(folder)
     assert cards.prepared_corpora() == ["tiny"]
-    with pytest.raises(ConfigError, match="corpus is 'tinny'; did you mean 'tiny'"):
+    with pytest.raises(ConfigError, match="corpus is 'tinny', did you mean 'tiny'"):
         load_card("tinny")
     with pytest.raises(ConfigError, match="run: counterpoise corpora prepare av_digits"):
         load_card("av_digits")

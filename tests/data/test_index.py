@@ -61,7 +61,7 @@ def test_labels_may_be_names(tmp_path, rows):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("gren", "label is 'gren'; did you mean 'green'?; classes of the card: red, green, blue"),
+        ("gren", "label is 'gren', did you mean 'green'?; classes of the card: red, green, blue"),
         (3, "sample test002: label is 3; the card has 3 classes, so labels lie in 0..2"),
         (-1, "label is -1"),
         (float("nan"), "label is nan; labels are whole numbers"),
@@ -91,7 +91,7 @@ def test_a_wrong_count_is_an_error(tmp_path, rows):
 def test_a_missing_column_is_named(tmp_path, rows):
     card = copy.deepcopy(CARD)
     card["modalities"]["audio"]["column"] = "audoi"
-    with pytest.raises(DataError, match="has no column 'audoi'; did you mean 'audio'"):
+    with pytest.raises(DataError, match="has no column 'audoi', did you mean 'audio'"):
         open_splits(write_corpus(tmp_path, rows, card=card))
 
 

@@ -241,7 +241,7 @@ def test_mistakes_are_named_before_anything_is_read(tiny):
         loader(tiny, world=3)
     with pytest.raises(ConfigError, match=r"data.augment.text has 'flip'"):
         loader(tiny, augment={"text": ["flip"]})
-    with pytest.raises(DataError, match="no split is called 'val'; did you mean 'valid'"):
+    with pytest.raises(DataError, match="no split is called 'val', did you mean 'valid'"):
         loader(tiny).batches("val").__next__()
 
 

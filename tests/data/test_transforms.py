@@ -84,7 +84,7 @@ def test_ops_are_held_to_the_kinds_they_are_for():
         transforms.check_augment({"audio": (ops.Flip(),)}, {"audio": audio})
     with pytest.raises(ConfigError, match="text can take: none"):
         transforms.check_augment({"text": (ops.Noise(),)}, {"text": text})
-    with pytest.raises(ConfigError, match=r"data\.augment has 'adio'; did you mean 'audio'"):
+    with pytest.raises(ConfigError, match=r"data\.augment has 'adio', did you mean 'audio'"):
         transforms.check_augment({"adio": ()}, {"audio": audio})
 
 

@@ -17,7 +17,6 @@ from rich.console import Console
 from counterpoise.telemetry.display import (
     Tail,
     decision_line,
-    duration,
     end_line,
     epoch_header,
     epoch_line,
@@ -25,6 +24,7 @@ from counterpoise.telemetry.display import (
     follow,
     start_line,
 )
+from counterpoise.wording import duration
 
 ROOT = Path(__file__).parents[2]
 

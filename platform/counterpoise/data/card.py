@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic import (
 
 from counterpoise import storage
 from counterpoise.contracts import LABEL, ROW, ConfigError, DataError
+from counterpoise.wording import did_you_mean
 
 CARD = "corpus.yaml"
 SPLITS = ("train", "valid", "test")
@@ -298,12 +298,6 @@ class Card(_Model):
         if len(set(names)) != len(names):
             raise ConfigError(f"a modality is chosen twice: {', '.join(names)}")
         return {name: self.modalities[name] for name in names}
-
-
-def did_you_mean(word: object, known: Iterable[object]) -> str:
-    """'; did you mean x?' or nothing."""
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def corpora_home() -> str:

@@ -16,7 +16,8 @@ import numpy as np
 
 from counterpoise import storage
 from counterpoise.contracts import DataError
-from counterpoise.data.card import SPLITS, Card, Carve, SplitCard, did_you_mean, resolve, split_card
+from counterpoise.data.card import SPLITS, Card, Carve, SplitCard, resolve, split_card
+from counterpoise.wording import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import Any
 import counterpoise
 from counterpoise import storage
 from counterpoise.contracts import ConfigError
-from counterpoise.data.card import CARD, Card, corpora_home, did_you_mean, load_card
+from counterpoise.data.card import CARD, Card, corpora_home, load_card
+from counterpoise.wording import did_you_mean
 
 # how much is done, of how much, and of what
 Progress = Callable[[int, int, str], None]

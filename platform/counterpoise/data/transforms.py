@@ -9,8 +9,9 @@ import numpy as np
 
 from counterpoise.contracts import LABEL, ROW, ConfigError
 from counterpoise.data import options as ops
-from counterpoise.data.card import AnyModality, did_you_mean
+from counterpoise.data.card import AnyModality
 from counterpoise.data.plan import generator
+from counterpoise.wording import did_you_mean
 
 if TYPE_CHECKING:
     from counterpoise.contracts import Batch

@@ -6,12 +6,12 @@ The same as joint training with M = 1, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 from pydantic import Field
 
 from counterpoise.contracts import ConfigError
 from counterpoise.methods.base import Method, MethodConfig
+from counterpoise.wording import did_you_mean
 
 
 class UnimodalConfig(MethodConfig):
@@ -28,10 +28,8 @@ class Unimodal(Method[UnimodalConfig]):
     @classmethod
     def uses(cls, config: UnimodalConfig, modalities: Sequence[str]) -> tuple[str, ...]:
         if config.modality not in modalities:
-            hint = get_close_matches(config.modality, modalities, 1)
             raise ConfigError(
-                f"method.modality is {config.modality!r}"
-                + (f", did you mean {hint[0]!r}?" if hint else "")
-                + f"; modalities of this corpus: {', '.join(modalities)}"
+                f"method.modality is {config.modality!r}{did_you_mean(config.modality, modalities)}; "
+                f"modalities of this corpus: {', '.join(modalities)}"
             )
         return (config.modality,)

@@ -14,8 +14,9 @@ from urllib.parse import quote
 from counterpoise import storage
 from counterpoise.contracts import DataError, Record
 from counterpoise.reports import curves
-from counterpoise.reports.records import RunData, duration, read_runs, reason
+from counterpoise.reports.records import RunData, read_runs, reason
 from counterpoise.reports.tables import DASH, Table, comparison, row_label
+from counterpoise.wording import duration
 
 TEMPLATE = "template.html.j2"
 MOST_PANELS = 12  # runs of a comparison that are all drawn; of more, the first of each method

@@ -260,19 +260,3 @@ def _numbers(value: Any) -> dict[str, float]:
 def all_modalities(runs: Sequence[RunData]) -> list[str]:
     """Modalities of all runs, in the order in which the runs name them."""
     return list(dict.fromkeys(name for run in runs for name in run.modalities))
-
-
-def duration(seconds: float | None) -> str:
-    """A time span in two units at most: 8.2s, 3m02s, 1h04m, 2d03h."""
-    if seconds is None:
-        return "-"
-    if 0 < seconds < 9.95:
-        return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 48 * 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

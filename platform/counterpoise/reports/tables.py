@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from counterpoise.reports.records import FUSED, RunData, all_modalities, duration, series
+from counterpoise.reports.records import FUSED, RunData, all_modalities, series
 from counterpoise.reports.significance import EXACT_UP_TO, RESAMPLES, Paired, against, power_note
+from counterpoise.wording import duration
 
 DASH = "-"
 DIFFERENCE, P_REFERENCE, P_BEST, CHOSEN, TIME_RATIO = "difference", "p_reference", "p_best", "chosen", "time_ratio"

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from counterpoise import storage
 from counterpoise.contracts import Record
+from counterpoise.wording import duration
 
 FUSED = "fused"
 LOCAL_POLL_S = 0.3
@@ -35,22 +36,6 @@ STYLES = {"audio": "blue", "visual": "dark_orange3", "text": "green", "image": "
 
 
 # --- lines
-
-
-def duration(seconds: float | None) -> str:
-    """A time span in two units at most: 8.2s, 3m02s, 1h04m, 2d03h."""
-    if seconds is None or seconds != seconds or seconds < 0:
-        return "-"
-    if 0 < seconds < 9.95:
-        return f"{seconds:.1f}s"
-    whole = round(min(seconds, 1e9))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 48 * 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
 def epoch_line(

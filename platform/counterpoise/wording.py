@@ -1,0 +1,28 @@
+"""Words that several parts say to people in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(word: object, known: Iterable[object]) -> str:
+    """ ", did you mean 'x'?" for the known word that is nearest, or nothing."""
+    close = get_close_matches(str(word), [str(k) for k in known], n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def duration(seconds: float | None) -> str:
+    """A time span in two units at most: 8.2s, 3m02s, 1h04m, 2d03h; "-" for none, NaN and what lies in the past."""
+    if seconds is None or seconds != seconds or seconds < 0:
+        return "-"
+    if 0 < seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(min(seconds, 1e9))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
