@@ -74,6 +74,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm-learned": ("pair", {"method": {"name": "lfm", "schedule": "learned", "first": 0.5, "rate": 0.05}}),
     "lfm-swapped": ("pair", {"method": {"name": "lfm", "schedule": "linear", "alignment": "swapped"}, "epochs": 6}),
     "mmcosine-product": ("pair", {"method": {"name": "mmcosine", "prediction": "product"}}),
+    "mmpareto-pictures": ("media", {"modalities": PICTURES, "batch_size": 16, "method": SMALL["mmpareto"]}),
     # --- not about one method
     "adam-cosine": (
         "pair",
