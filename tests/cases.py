@@ -25,6 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "ogm_ge": {"name": "ogm_ge", "alpha": 0.1},
     "opm": {"name": "opm"},
     "pmr": {"name": "pmr"},
+    "reconboost": {"name": "reconboost", "hidden": 16, "phase1_epochs": 2, "phase2_epochs": 1},
     "unimodal": {"name": "unimodal", "modality": "weak"},
 }
 SMALL_AUG = SMALL["aug"]
@@ -75,6 +76,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm-swapped": ("pair", {"method": {"name": "lfm", "schedule": "linear", "alignment": "swapped"}, "epochs": 6}),
     "mmcosine-product": ("pair", {"method": {"name": "mmcosine", "prediction": "product"}}),
     "mmpareto-pictures": ("media", {"modalities": PICTURES, "batch_size": 16, "method": SMALL["mmpareto"]}),
+    "reconboost": ("pair", {"method": SMALL["reconboost"], "epochs": 7}),
+    "reconboost-of-three": ("three", {"method": SMALL["reconboost"], "epochs": 9}),
+    "reconboost-released": (
+        "pair",
+        {"method": {**SMALL["reconboost"], "reduction": "released", "consolidation": "detached"}, "epochs": 4},
+    ),
     # --- not about one method
     "adam-cosine": (
         "pair",
@@ -96,6 +103,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Nothing new with two workers.
 ALONE = {
+    "reconboost-released",
     "joint-sum",
     "aug-fixed-weights",
     "aug-fixed-assignment",
@@ -130,3 +138,4 @@ MOVING_OBJECTIVE = {
 }
 MOVING_OBJECTIVE |= {name for name in CASES if name.startswith(("gradient_boosting",))}
 MOVING_OBJECTIVE |= {name for name in CASES if name.startswith(("lfm-fitted", "lfm-learned", "lfm-swapped"))}
+MOVING_OBJECTIVE |= {name for name in CASES if name.startswith("reconboost")}

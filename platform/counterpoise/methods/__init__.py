@@ -19,6 +19,7 @@ from counterpoise.methods.mslr import MSLR
 from counterpoise.methods.ogm import OGM, OGMGE
 from counterpoise.methods.opm import OPM
 from counterpoise.methods.pmr import PMR
+from counterpoise.methods.reconboost import ReconBoost
 from counterpoise.methods.unimodal import Unimodal
 
 METHODS: dict[str, type[Method[Any]]] = {
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "ogm_ge": OGMGE,
     "opm": OPM,
     "pmr": PMR,
+    "reconboost": ReconBoost,
     "unimodal": Unimodal,
 }
 
