@@ -12,6 +12,7 @@ PICTURES = {name: {"name": "cnn", "channels": [4, 6], "width": 8, "norm": "batch
 SMALL: dict[str, dict[str, Any]] = {
     "agm": {"name": "agm"},
     "aug": {"name": "aug", "hidden": 16, "check_every": 1},
+    "di_mml": {"name": "di_mml", "contrast_temperature": 5.0},
     "g_blend": {"name": "g_blend", "probe_epochs": 2},
     "gradient_boosting": {"name": "gradient_boosting", "hidden": 16, "round_epochs": 1},
     "joint": {"name": "joint"},
@@ -82,6 +83,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "pair",
         {"method": {**SMALL["reconboost"], "reduction": "released", "consolidation": "detached"}, "epochs": 4},
     ),
+    "di_mml": ("pair", {"method": SMALL["di_mml"], "epochs": 6}),
+    "di_mml-of-three": ("three", {"method": SMALL["di_mml"], "epochs": 6}),
+    "di_mml-pictures": (
+        "media",
+        {"modalities": PICTURES, "batch_size": 16, "method": SMALL["di_mml"], "epochs": 5},
+    ),
     # --- not about one method
     "adam-cosine": (
         "pair",
@@ -139,3 +146,4 @@ MOVING_OBJECTIVE = {
 MOVING_OBJECTIVE |= {name for name in CASES if name.startswith(("gradient_boosting",))}
 MOVING_OBJECTIVE |= {name for name in CASES if name.startswith(("lfm-fitted", "lfm-learned", "lfm-swapped"))}
 MOVING_OBJECTIVE |= {name for name in CASES if name.startswith("reconboost")}
+MOVING_OBJECTIVE |= {name for name in CASES if name.startswith("di_mml")}

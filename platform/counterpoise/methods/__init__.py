@@ -7,6 +7,7 @@ from typing import Any
 from counterpoise.methods.agm import AGM
 from counterpoise.methods.aug import AUG
 from counterpoise.methods.base import Method, MethodConfig, Setting
+from counterpoise.methods.di_mml import DIMML
 from counterpoise.methods.g_blend import GBlend
 from counterpoise.methods.gradient_boosting import GradientBoosting
 from counterpoise.methods.joint import Joint
@@ -25,6 +26,7 @@ from counterpoise.methods.unimodal import Unimodal
 METHODS: dict[str, type[Method[Any]]] = {
     "agm": AGM,
     "aug": AUG,
+    "di_mml": DIMML,
     "g_blend": GBlend,
     "gradient_boosting": GradientBoosting,
     "joint": Joint,
