@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "joint": {"name": "joint"},
     "late": {"name": "late"},
     "lfm": {"name": "lfm", "schedule": "constant", "first": 0.7},
+    "maie": {"name": "maie", "rounds": 2, "hidden": 16, "bottleneck": 8},
     "mla": {"name": "mla"},
     "mmcosine": {"name": "mmcosine"},
     "mmpareto": {"name": "mmpareto"},
@@ -89,6 +90,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "media",
         {"modalities": PICTURES, "batch_size": 16, "method": SMALL["di_mml"], "epochs": 5},
     ),
+    "maie": ("pair", {"method": SMALL["maie"], "epochs": 6}),
+    "maie-of-three": ("three", {"method": {**SMALL["maie"], "lengths": {"strong": 0.5}}, "epochs": 9}),
+    "maie-pictures": ("media", {"modalities": PICTURES, "batch_size": 16, "method": SMALL["maie"], "epochs": 6}),
+    "maie-released": ("pair", {"method": {**SMALL["maie"], "sam": "released"}, "epochs": 4}),
     # --- not about one method
     "adam-cosine": (
         "pair",
@@ -110,6 +115,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Nothing new with two workers.
 ALONE = {
+    "maie-released",
     "reconboost-released",
     "joint-sum",
     "aug-fixed-weights",
@@ -125,6 +131,7 @@ ALONE = {
 }
 # Cases that two workers also go through with interruptions, after so many controls.
 STOPS = {
+    "maie": [13],
     "aug-learned-weights": [4, 9],
     "local-batch-norm": [4],
     "aug": [7],
@@ -147,3 +154,4 @@ MOVING_OBJECTIVE |= {name for name in CASES if name.startswith(("gradient_boosti
 MOVING_OBJECTIVE |= {name for name in CASES if name.startswith(("lfm-fitted", "lfm-learned", "lfm-swapped"))}
 MOVING_OBJECTIVE |= {name for name in CASES if name.startswith("reconboost")}
 MOVING_OBJECTIVE |= {name for name in CASES if name.startswith("di_mml")}
+MOVING_OBJECTIVE |= {name for name in CASES if name.startswith("maie")}

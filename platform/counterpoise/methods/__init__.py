@@ -13,6 +13,7 @@ from counterpoise.methods.gradient_boosting import GradientBoosting
 from counterpoise.methods.joint import Joint
 from counterpoise.methods.late import Late
 from counterpoise.methods.lfm import LFM
+from counterpoise.methods.maie import MAIE
 from counterpoise.methods.mla import MLA
 from counterpoise.methods.mmcosine import MMCosine
 from counterpoise.methods.mmpareto import MMPareto
@@ -32,6 +33,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "joint": Joint,
     "late": Late,
     "lfm": LFM,
+    "maie": MAIE,
     "mla": MLA,
     "mmcosine": MMCosine,
     "mmpareto": MMPareto,
