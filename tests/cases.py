@@ -43,23 +43,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "aug-fixed-assignment": ("pair", {"method": {**SMALL_AUG, "assign": "fixed", "classifiers": {"weak": 3}}}),
     "aug-frozen": ("pair", {"method": {**SMALL_AUG, "train_new_classifiers": False}}),
     "aug-of-three-learned-weights": ("three", {"method": {**SMALL_AUG, "weights": "learned"}}),
-    "agm-scale": ("pair", {"method": {"name": "agm", "mode": "scale", "head": "sum", "alpha": 0.5, "clip": None}}),
-    "agm-pictures": ("media", {"modalities": PICTURES, "batch_size": 16, "method": SMALL["agm"]}),
-    "agm-pictures-released": (
-        "media",
-        {"modalities": PICTURES, "batch_size": 16, "method": {"name": "agm", "padded": "network", "last_epoch": 2}},
-    ),
-    "mslr-gradients": ("pair", {"method": {**SMALL["mslr"], "apply": "gradients"}}),
-    "opm-same-batch": ("pair", {"method": {"name": "opm", "q_of": "same_batch", "warmup": 1}}),
-    "ogm-continuous": ("pair", {"method": {"name": "ogm", "form": "continuous", "head": "sum", "last_epoch": 2}}),
-    "ogm_ge-pictures": (
-        "media",
-        {"modalities": PICTURES, "batch_size": 16, "method": {"name": "ogm_ge", "tensors": "conv"}},
-    ),
-    "mla-fixed": ("pair", {"method": {"name": "mla", "fusion": "fixed", "weights": {"strong": 0.3, "weak": 0.7}}}),
-    "pmr-released": ("pair", {"method": {**SMALL["pmr"], "form": "released", "head": "sum"}}),
-    "g_blend-online": ("pair", {"method": {"name": "g_blend", "mode": "online", "super_epoch": 2}}),
-    "g_blend-fixed": ("pair", {"method": {"name": "g_blend", "mode": "fixed", "inference": "average"}}),
     "gradient_boosting": ("pair", {"method": SMALL["gradient_boosting"], "epochs": 6}),
     "gradient_boosting-search": (
         "pair",
@@ -77,12 +60,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm-learned": ("pair", {"method": {"name": "lfm", "schedule": "learned", "first": 0.5, "rate": 0.05}}),
     "lfm-swapped": ("pair", {"method": {"name": "lfm", "schedule": "linear", "alignment": "swapped"}, "epochs": 6}),
     "mmcosine-product": ("pair", {"method": {"name": "mmcosine", "prediction": "product"}}),
-    "mmpareto-pictures": ("media", {"modalities": PICTURES, "batch_size": 16, "method": SMALL["mmpareto"]}),
-    "reconboost": ("pair", {"method": SMALL["reconboost"], "epochs": 7}),
-    "reconboost-of-three": ("three", {"method": SMALL["reconboost"], "epochs": 9}),
-    "reconboost-released": (
-        "pair",
-        {"method": {**SMALL["reconboost"], "reduction": "released", "consolidation": "detached"}, "epochs": 4},
+    "agm-scale": ("pair", {"method": {"name": "agm", "mode": "scale", "head": "sum", "alpha": 0.5, "clip": None}}),
+    "agm-pictures": ("media", {"modalities": PICTURES, "batch_size": 16, "method": SMALL["agm"]}),
+    "agm-pictures-released": (
+        "media",
+        {"modalities": PICTURES, "batch_size": 16, "method": {"name": "agm", "padded": "network", "last_epoch": 2}},
+    ),
+    "mslr-gradients": ("pair", {"method": {**SMALL["mslr"], "apply": "gradients"}}),
+    "opm-same-batch": ("pair", {"method": {"name": "opm", "q_of": "same_batch", "warmup": 1}}),
+    "ogm-continuous": ("pair", {"method": {"name": "ogm", "form": "continuous", "head": "sum", "last_epoch": 2}}),
+    "ogm_ge-pictures": (
+        "media",
+        {"modalities": PICTURES, "batch_size": 16, "method": {"name": "ogm_ge", "tensors": "conv"}},
     ),
     "di_mml": ("pair", {"method": SMALL["di_mml"], "epochs": 6}),
     "di_mml-of-three": ("three", {"method": SMALL["di_mml"], "epochs": 6}),
@@ -94,6 +83,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "maie-of-three": ("three", {"method": {**SMALL["maie"], "lengths": {"strong": 0.5}}, "epochs": 9}),
     "maie-pictures": ("media", {"modalities": PICTURES, "batch_size": 16, "method": SMALL["maie"], "epochs": 6}),
     "maie-released": ("pair", {"method": {**SMALL["maie"], "sam": "released"}, "epochs": 4}),
+    "reconboost": ("pair", {"method": SMALL["reconboost"], "epochs": 7}),
+    "reconboost-of-three": ("three", {"method": SMALL["reconboost"], "epochs": 9}),
+    "reconboost-released": (
+        "pair",
+        {"method": {**SMALL["reconboost"], "reduction": "released", "consolidation": "detached"}, "epochs": 4},
+    ),
+    "mla-fixed": ("pair", {"method": {"name": "mla", "fusion": "fixed", "weights": {"strong": 0.3, "weak": 0.7}}}),
+    "pmr-released": ("pair", {"method": {**SMALL["pmr"], "form": "released", "head": "sum"}}),
+    "g_blend-online": ("pair", {"method": {"name": "g_blend", "mode": "online", "super_epoch": 2}}),
+    "g_blend-fixed": ("pair", {"method": {"name": "g_blend", "mode": "fixed", "inference": "average"}}),
+    "mmpareto-pictures": ("media", {"modalities": PICTURES, "batch_size": 16, "method": SMALL["mmpareto"]}),
     # --- not about one method
     "adam-cosine": (
         "pair",
@@ -115,43 +115,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Nothing new with two workers.
 ALONE = {
+    "joint-sum",
+    "gradient_boosting-soft",
+    "lfm-fitted",
+    "lfm-swapped",
+    "mmcosine-product",
     "maie-released",
     "reconboost-released",
-    "joint-sum",
     "aug-fixed-weights",
     "aug-fixed-assignment",
     "aug-frozen",
     "dropout",
     "mla-fixed",
     "g_blend-fixed",
-    "gradient_boosting-soft",
-    "lfm-fitted",
-    "lfm-swapped",
-    "mmcosine-product",
 }
 # Cases that two workers also go through with interruptions, after so many controls.
 STOPS = {
-    "maie": [13],
     "aug-learned-weights": [4, 9],
+    "gradient_boosting-search": [30],
+    "lfm-learned": [13],
     "local-batch-norm": [4],
+    "maie": [13],
     "aug": [7],
     "pmr": [13],
     "g_blend-online": [19],
-    "gradient_boosting-search": [30],
-    "lfm-learned": [13],
 }
 # Cases whose objective changes on the way, so that its first and last values do not compare.
-MOVING_OBJECTIVE = {
-    "adam-cosine",
-    "legacy-steps",
-    "large-batches",
-    *(name for name in CASES if name.startswith("aug")),
-    "g_blend",
-    "g_blend-of-three",
-    "g_blend-online",
-}
-MOVING_OBJECTIVE |= {name for name in CASES if name.startswith(("gradient_boosting",))}
+MOVING_OBJECTIVE = {"adam-cosine", "legacy-steps", "large-batches", "g_blend", "g_blend-of-three", "g_blend-online"}
+MOVING_OBJECTIVE |= {name for name in CASES if name.startswith(("aug", "di_mml", "gradient_boosting", "maie"))}
 MOVING_OBJECTIVE |= {name for name in CASES if name.startswith(("lfm-fitted", "lfm-learned", "lfm-swapped"))}
 MOVING_OBJECTIVE |= {name for name in CASES if name.startswith("reconboost")}
-MOVING_OBJECTIVE |= {name for name in CASES if name.startswith("di_mml")}
-MOVING_OBJECTIVE |= {name for name in CASES if name.startswith("maie")}
