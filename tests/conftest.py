@@ -34,9 +34,20 @@ from counterpoise.engine.run import RunFolder
 CLASSES = ("flute", "oboe", "horn", "harp")
 SEPARATION = {"strong": 1.2, "weak": 0.35, "third": 0.7}  # distance of class centres in units of the noise
 SECRET = "canary-9f31c0"  # of the object storage in tests; must never be written anywhere
+RANKS_TIMEOUT_S = 900  # for all cases together, on a busy machine
 ROWS = {"train": 240, "valid": 60, "test": 60}
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of two workers share one pair of processes that trains every case: one process of pytest runs them all."""
+    for item in items:
+        if "two_ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+            item.add_marker(pytest.mark.timeout(RANKS_TIMEOUT_S + 20))
+
+
 hypothesis.settings.register_profile("counterpoise", deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("counterpoise")
 
@@ -290,16 +301,19 @@ def handed_over() -> dict[str, RunFolder]:
 
 @pytest.fixture(scope="session")
 def two_ranks(
+    request: pytest.FixtureRequest,
     experiments: dict[str, dict[str, Any]],
     run_experiment: Run,
     handed_over: dict[str, RunFolder],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What each of two processes saw: collectives, batch normalisation, every variant, some of them interrupted."""
+    """What each of two processes saw: collectives, batch normalisation, every case that a test asks for, some of them
+    interrupted."""
+    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
     place = tmp_path_factory.mktemp("ranks")
     jobs = {}
     for name, content in experiments.items():
-        if name in ALONE:
+        if name in ALONE or name not in asked:
             continue
         experiment, provenance = resolve(content)
         for label, stops in ((name, []), *([(f"{name}, interrupted", STOPS[name])] if name in STOPS else [])):
@@ -331,7 +345,7 @@ def two_ranks(
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=280)[1] for process in processes]
+    errors = [process.communicate(timeout=RANKS_TIMEOUT_S)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
     first, second = (torch.load(place / f"rank-{rank}.pt", weights_only=False) for rank in range(2))
     return first, second
