@@ -175,7 +175,7 @@ def test_losses_of_a_turn_are_the_formula() -> None:
     net.encoders["audio"].eval()
     with torch.no_grad():
         out = net(batch)
-    boost = boosting_loss(out.unimodal["video"], out.unimodal["audio"], batch["label"], 5, 1)
+    boost = boosting_loss(out.unimodal["video"], out.unimodal["audio"], batch["label"], 1, 0.2)
     torch.testing.assert_close(losses["boost"].detach(), boost)
     term = 0.5 * consolidation_loss(out.unimodal["video"], out.unimodal["audio"])
     torch.testing.assert_close(losses["consolidation"].detach(), term)
