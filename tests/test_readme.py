@@ -14,6 +14,7 @@ from counterpoise.cli import app
 from counterpoise.config import resolve
 from counterpoise.data.card import parse_card
 from counterpoise.engine import run as run_module
+from counterpoise.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,7 +54,13 @@ def test_the_method_shown_is_the_method_shipped() -> None:
     shown = next(block for block in blocks("python") if "class Late(" in block)
     shipped = (ROOT / "platform/counterpoise/methods/late.py").read_text()
     body = shown.split('"""')[-1].split("return {")[1].strip()
-    assert body.replace('batch["label"]', "batch[LABEL]") in shipped
+    assert body in shipped
+
+
+def test_the_table_of_methods_names_all_there_are() -> None:
+    table = README.split("## Methods")[1].split("\n## ")[0]
+    named = {name for row in table.splitlines() if row.startswith("| `") for name in re.findall("`([a-z_]+)`", row)}
+    assert named == set(METHODS)
 
 
 def test_pictures_and_named_files_exist() -> None:
