@@ -136,7 +136,7 @@ def _media(value: Any) -> bytes:
 # Audio
 
 
-def _check_wav(data: bytes) -> None:
+def check_wav(data: bytes) -> None:
     """Raise if the data chunk is shorter than its header says: libsndfile would return what is there, silently."""
     at = 12
     while at + 8 <= len(data):
@@ -155,13 +155,12 @@ def _check_wav(data: bytes) -> None:
 
 def _waveform(data: bytes, encoding: str | None, settings: AudioPreprocess) -> np.ndarray:
     import soundfile
-    from scipy.signal import resample_poly
 
     magic = {b"RIFF": "wav", b"RF64": "wav", b"fLaC": "flac", b"OggS": "ogg"}.get(data[:4])
     if magic is None or (encoding is not None and magic != encoding):
         raise DecodeError(f"not {encoding or 'WAV, FLAC or Ogg'}: begins with {data[:4]!r}")
     if data[:4] == b"RIFF":
-        _check_wav(data)
+        check_wav(data)
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, promised = file.samplerate, file.frames
@@ -176,14 +175,22 @@ def _waveform(data: bytes, encoding: str | None, settings: AudioPreprocess) -> n
         raise DecodeError(f"cut short: {len(wave)} of {promised} samples")
     if not np.isfinite(wave).all():
         raise DecodeError("NaN or infinite samples")
-    if rate != settings.sample_rate:
-        divisor = math.gcd(rate, settings.sample_rate)
-        wave = resample_poly(wave, settings.sample_rate // divisor, rate // divisor).astype(np.float32)
+    wave = resampled(wave, rate, settings.sample_rate)
     wanted = settings.num_samples
     if len(wave) < wanted:
         wave = np.resize(wave, wanted) if settings.fill == "tile" else np.pad(wave, (0, wanted - len(wave)))
     wave = wave[:wanted]
     return np.clip(wave, -1.0, 1.0) if settings.clip else wave
+
+
+def resampled(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    """A waveform [samples] of another rate in Hz, by a polyphase filter; the same array if the rates are equal."""
+    if rate == wanted:
+        return wave
+    from scipy.signal import resample_poly
+
+    divisor = math.gcd(rate, wanted)
+    return resample_poly(wave, wanted // divisor, rate // divisor).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=8)
@@ -252,7 +259,7 @@ def _image(data: bytes, encoding: str | None, settings: ImagePreprocess) -> np.n
         Image.DecompressionBombError, Image.DecompressionBombWarning,
     ) as error:  # fmt: skip
         raise DecodeError(f"not decodable: {' '.join(str(error).split())}") from None
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1)[: settings.channels])
 
 
 def _check_pixels(width: int, height: int) -> None:

@@ -11,12 +11,29 @@ Everything here is plain data that can travel to another process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from counterpoise import storage
-from counterpoise.contracts import DataError
+from counterpoise.contracts import ConfigError, DataError
+
+# Why a row is not in the shards: the words of the ledger. Details follow in a field of their own.
+MISSING = "missing file"
+LFS_POINTER = "git-LFS pointer"
+ZERO_BYTES = "zero bytes"
+HTML = "HTML page"
+UNDECODABLE = "undecodable"
+CUT_SHORT = "cut short"
+TOO_SHORT = "too short"
+TOO_LARGE = "too large"
+NO_STREAM = "no such stream"
+TIMED_OUT = "timed out"
+CRASHED = "decoder crashed"
+DUPLICATE = "duplicate"
+NOT_IN_SPLIT = "not in split"
+BAD_PATH = "path outside the raw folder"
 
 
 @dataclass(frozen=True)
@@ -98,17 +115,22 @@ class Left:
 
     sample_id: str
     split: str
-    reason: str
+    reason: str  # one of the words above, where one fits
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """All rows of a corpus in a fixed order. expected: rows that the published lists hold, by split."""
+    """All rows of a corpus in a fixed order. expected: rows that the published lists hold, by split.
+
+    notes: what the user should know, in whole sentences. rows_per_part: rows of a shard; fewer where rows are large.
+    """
 
     rows: Sequence[RawRow]
     left: Sequence[Left] = ()
     expected: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    rows_per_part: int = 256
 
 
 @dataclass(frozen=True)
@@ -129,3 +151,34 @@ class Raw:
             ) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{storage.show(place)} is not {encoding} text: {error}") from None
+
+
+def open_raw(uri: str) -> Raw:
+    """The raw folder with all its files, less hidden ones (.git, .DS_Store); linked folders are followed."""
+    if storage.is_local(uri):
+        top = storage.local_path(uri)
+        if not os.path.isdir(top):
+            raise ConfigError(f"--raw {storage.show(uri)}: no such folder; give the one that holds the download")
+        files = dict(sorted(_walk(top, "", frozenset())))
+        uri = top
+    else:
+        found = storage.list_files(uri)
+        files = {n: b for n, b in found.items() if not any(part.startswith(".") for part in n.split("/"))}
+    if not files:
+        raise ConfigError(f"--raw {storage.show(uri)} holds no files; give the folder that holds the download")
+    return Raw(uri.rstrip("/"), files)
+
+
+def _walk(top: str, below: str, above: frozenset[str]) -> Iterator[tuple[str, int]]:
+    """(path relative to top, bytes) of all files; a link to a folder that it lies in is not followed."""
+    real = os.path.realpath(os.path.join(top, below))
+    if real in above:
+        return
+    for entry in os.scandir(real):
+        path = f"{below}/{entry.name}" if below else entry.name
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(top, path, above | {real})
+        elif entry.is_file():
+            yield path, entry.stat().st_size
