@@ -36,6 +36,16 @@ BEFORE = {"audio": (2, 2.1), "video": (2, 2.1), "fused": (2, 2.1)}
 AFTER = {"audio": (1, 1.5), "video": (1.5, 1.8), "fused": (0.8, 1.4)}
 
 
+def test_overfitting_that_is_hardly_there_does_not_take_all_the_weight() -> None:
+    """G = (.6, .3, .7), dO = (.4, .2, .01): 3.75, 7.5 and 7000, or 70 with a floor of 0.1."""
+    after = {**AFTER, "fused": (0.8 + 0.49, 1.4)}
+    bare, _, overfitting = blend_weights(BEFORE, after)
+    assert overfitting["fused"] == pytest.approx(0.01)
+    assert bare["fused"] == pytest.approx(7000 / 7011.25)
+    assert blend_weights(BEFORE, after, floor=0.1)[0]["fused"] == pytest.approx(70 / 81.25)
+    assert blend_weights(BEFORE, AFTER, floor=0.1)[0] == blend_weights(BEFORE, AFTER)[0]
+
+
 def test_weights_worked_out_by_hand() -> None:
     """G / dO^2 is 3.75, 7.5 and 2.8."""
     weights, generalisation, overfitting = blend_weights(BEFORE, AFTER)
@@ -218,7 +228,7 @@ def test_losses_are_means_over_samples_in_evaluation_mode_before_and_after_a_pro
             "overfitting",
         }
     )
-    assert decision.inputs["weights"] == blend_weights(method.before, method.after)[0]
+    assert decision.inputs["weights"] == blend_weights(method.before, method.after, GBlendConfig().floor)[0]
     twin = made(epochs=2)
     twin.load_state_dict(method.state_dict())
     assert twin.decide(history) == decision
