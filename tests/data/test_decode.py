@@ -150,6 +150,16 @@ def test_images_are_scaled_and_keep_their_bytes():
     assert decode_cell(JPEG, rgb).shape == (3, 5, 6)
 
 
+def test_optical_flow_is_the_first_two_channels():
+    pixels = np.stack([np.full((4, 4), v, np.uint8) for v in (10, 200, 128)], axis=-1)
+    flow = FRAMES.model_copy(
+        update={"preprocess": cards.FramesPreprocess(size=(4, 4), num_frames=2, channels=2, mean=(0.5, 0.4))}
+    )
+    got = decode_cell([image_bytes(pixels)] * 3, flow)
+    assert got.shape == flow.preprocess.shape == (2, 2, 4, 4)
+    assert (got[:, 0] == 10).all() and (got[:, 1] == 200).all()
+
+
 def test_frames_are_evenly_spaced():
     images = [image_bytes(np.full((4, 4, 3), v, dtype=np.uint8)) for v in range(7)]
     assert decode_cell(images, FRAMES)[:, 0, 0, 0].tolist() == [0, 2, 4, 6]

@@ -66,7 +66,7 @@ class ImagePreprocess(_Model):
     """Pixels as (x / 255 - mean) / std [C, H, W]."""
 
     size: tuple[int, int] = Field(description="height and width in pixels; other sizes are scaled (bilinear)")
-    channels: Literal[1, 3] = Field(default=3, description="1 grey, 3 RGB")
+    channels: Literal[1, 2, 3] = Field(default=3, description="1 grey, 3 RGB, 2 its first two: u and v of optical flow")
     mean: tuple[float, ...] = Field(default=(0.0,), description="per channel or one for all, on the 0..1 scale")
     std: tuple[float, ...] = Field(default=(1.0,), description="per channel or one for all, on the 0..1 scale")
 
