@@ -1,0 +1,113 @@
+"""Lists of raw downloads: their lines with file and number, the names in them, and rows that occur twice.
+
+What a list says is not trusted: a name that leaves the raw folder is an error, not a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from counterpoise import storage
+from counterpoise.contracts import ConfigError, DataError
+from counterpoise.data.card import CARD, load_card
+from counterpoise.data.raw import Left, Raw, RawRow
+from counterpoise.wording import did_you_mean
+
+PICTURES = (".jpg", ".jpeg", ".png")
+OVERLAP = "in a later split too"  # why a row is left, beside the words of data/raw.py
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a list (number from 1), without its line end."""
+
+    text: str
+    file: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{storage.show(self.file)}:{self.number}"
+
+    def wrong(self, reason: str) -> DataError:
+        return DataError(f"{self}: {reason}; the line is {self.text!r:.200}")
+
+
+def lines(raw: Raw, path: str) -> list[Line]:
+    """Lines that are not blank. Only LF and CRLF end one: tweets contain U+0085, U+2028 and the like."""
+    parts = raw.text(path).split("\n")
+    found = [Line(text.removesuffix("\r"), path, number) for number, text in enumerate(parts, 1) if text.strip()]
+    if not found:
+        raise DataError(f"{storage.show(path)} is empty; the recipe's README says where lists come from")
+    return found
+
+
+def below(folder: str, name: str, line: Line) -> str:
+    """`name`, as `line` has it, inside `folder`: a path below the raw folder."""
+    path = PurePosixPath(name)
+    if not name.strip() or path.is_absolute() or ".." in path.parts or not path.parts or set(name) & set("\\\0"):
+        raise line.wrong(f"the name {name!r} is not one below the raw folder (no leading /, no .., no \\)")
+    return str(PurePosixPath(folder) / path)
+
+
+def whole_number(text: str, meaning: str, line: Line) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise line.wrong(f"{meaning} is {text!r}; it should be a whole number")
+    return int(text)
+
+
+def known_class(name: str, classes: Sequence[str], line: Line) -> str:
+    if name not in classes:
+        shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+        raise line.wrong(f"unknown class {name!r}{did_you_mean(name, classes)}; classes of the card: {shown}")
+    return name
+
+
+def card_classes(recipe: str) -> tuple[str, ...]:
+    """Classes of the card beside a recipe, in label order. recipe: its `__file__`."""
+    return load_card(str(Path(recipe).with_name(CARD))).class_names
+
+
+def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
+    """The value of an option that names one of a few ways."""
+    if value not in allowed:
+        raise ConfigError(f"option {option} is {value!r}{did_you_mean(value, allowed)}; give {' or '.join(allowed)}")
+    return value
+
+
+def files_in(raw: Raw, folder: str, endings: Iterable[str] = PICTURES) -> dict[str, list[str]]:
+    """Sorted paths of the files in every folder at or below `folder`, by the folder that holds them."""
+    start = "" if PurePosixPath(folder) == PurePosixPath(".") else f"{PurePosixPath(folder)}/"
+    endings = tuple(endings)
+    found: dict[str, list[str]] = {}
+    for path in raw.files:
+        if path.startswith(start) and path.lower().endswith(endings):
+            found.setdefault(path.rpartition("/")[0], []).append(path)
+    return {name: sorted(paths) for name, paths in found.items()}
+
+
+def part_overlap(rows: Iterable[RawRow], column: str) -> tuple[list[RawRow], list[Left], list[str]]:
+    """Rows without those of train and valid that share `column` with a later split, those rows, and a note each.
+
+    A value in valid and test leaves valid; one in train and in valid or test leaves train.
+    """
+    rows = list(rows)
+    values = {
+        split: {row.columns[column] for row in rows if row.split == split} for split in ("train", "valid", "test")
+    }
+    later = {"train": {"valid": values["valid"], "test": values["test"]}, "valid": {"test": values["test"]}, "test": {}}
+    kept, left = [], []
+    for row in rows:
+        shared = [split for split, others in later[row.split].items() if row.columns[column] in others]
+        if shared:
+            detail = f"{column} {row.columns[column]} is in {' and '.join(shared)}"
+            left.append(Left(row.sample_id, row.split, OVERLAP, detail))
+        else:
+            kept.append(row)
+    notes = []
+    for split, others in later.items():
+        for other, there in others.items():
+            if count := len(values[split] & there):
+                notes.append(f"Values of {column} that are in {split} and in {other}: {count}.")
+    return kept, left, notes
