@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from counterpoise.contracts import ConfigError
 from counterpoise.data.lists import Line, card_classes, files_in, known_class, lines, one_of, part_overlap, whole_number
@@ -94,6 +95,12 @@ def listing(
     if flow == "computed":
         notes.append("Flow is computed here, by another method than the TV-L1 flow of the papers.")
     return Listing(rows, left, EXPECTED[split], notes, rows_per_part=64)
+
+
+def adapt_card(content: dict[str, Any], *, split: int, **_: Any) -> dict[str, Any]:
+    """The card as plain data, with the count of the chosen split."""
+    splits = content["splits"]
+    return content | {"splits": splits | {"test": splits["test"] | {"expected": EXPECTED[split]["test"]}}}
 
 
 def _class_numbers(raw: Raw, path: str, classes: tuple[str, ...]) -> dict[str, int]:
