@@ -47,8 +47,8 @@ def reasons(listing: Listing) -> dict[str, tuple[str, str, str]]:
 
 
 def check_sound(listing: Listing, of: Card) -> None:
-    """What holds for every listing: ids are unique, labels known, columns and media as the card reads them."""
-    assert not [i for i, n in Counter(r.sample_id for r in [*listing.rows, *listing.left]).items() if n > 1]
+    """What holds for every listing: ids unique in a split, labels known, columns and media as the card reads them."""
+    assert not [i for i, n in Counter((r.split, r.sample_id) for r in [*listing.rows, *listing.left]).items() if n > 1]
     for row in listing.rows:
         assert row.label in of.class_names, row
         assert row.split in of.splits, row
