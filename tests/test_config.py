@@ -233,6 +233,18 @@ def test_the_digest_stays_what_it_is() -> None:
     assert resolve(PLAIN)[0].digest == "f1cdc935df7f91bf"
 
 
+def test_settings_of_encoders_that_came_later_are_in_the_digest_once_they_are_set() -> None:
+    unset = resolve(PLAIN, ["modalities.audio.weights=null", "modalities.audio.model=null"])[0]
+    assert unset.digest == "f1cdc935df7f91bf"
+    assert "weights" not in unset.to_json()["modalities"]["audio"]
+    plain = resolve(PLAIN, ["modalities.audio=resnet18"])[0]
+    loaded = resolve(PLAIN, ["modalities.audio={name: resnet18, weights: a.pt}"])[0]
+    assert loaded.to_json()["modalities"]["audio"]["weights"] == "a.pt"
+    assert loaded.digest != plain.digest
+    assert changed_fields(plain, loaded) == {"modalities.audio.weights": (None, "a.pt")}
+    assert resolve(loaded.to_json())[0].digest == loaded.digest
+
+
 def test_the_digest_knows_values_and_not_how_they_were_written() -> None:
     reordered = dict(reversed(PLAIN.items())) | {"batch_size": 64, "modalities": PLAIN["modalities"]}
     assert resolve(reordered)[0].digest == resolve(PLAIN)[0].digest

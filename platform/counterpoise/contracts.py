@@ -224,6 +224,8 @@ class InputSpec:
     kind: str  # audio | image | frames | text | vector | series
     shape: tuple[int, ...]  # audio [1, F, T], image [C, H, W], frames [T, C, H, W], text [L], vector [D], series [T, C]
     vocabulary: int = 0  # text only: token ids lie in 0..vocabulary-1, 0 pads
+    tokenizer: str = ""  # text only: fingerprint of the tokenizer; empty for hashed words
+    separator: int = 0  # text only: id of the token that ends each text, 0 if there is none
 
 
 class Comm(Protocol):

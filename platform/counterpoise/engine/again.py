@@ -51,7 +51,7 @@ def evaluate_run(
         if not data.num_samples(split):
             raise DataError(f"corpus {experiment.corpus} has no {split} split")
         method = make_method(experiment, data, comm)
-        net = make_network(experiment, data, method)
+        net = make_network(experiment, data, method, pretrained=False)
         state = load_model(net, best)
         net.to(place)
         found = predict(net, method, data, split, comm, place)

@@ -62,7 +62,7 @@ from counterpoise.functional import accuracy_gap, derived_seed
 from counterpoise.methods import METHODS, Method, Setting
 from counterpoise.models.encoders import DEFAULT_ENCODERS, EncoderConfig
 from counterpoise.models.network import MultimodalNet, build_network
-from counterpoise.models.norm import GlobalBatchNorm, has_batch_norm, synchronise_batch_norm
+from counterpoise.models.norm import BATCH_NORMS, has_batch_norm, synchronise_batch_norm
 from counterpoise.storage import join
 
 CONTROL_INTERVAL_S = 0.7  # how often workers agree on whether to stop or to write a checkpoint
@@ -150,9 +150,14 @@ def schedule_clock(plan: Sequence[tuple[Stage, int]]) -> list[tuple[int, int]]:
     return clock
 
 
-def make_network(experiment: Experiment, data: DataSource, method: Method[Any]) -> MultimodalNet:
-    """The network of an experiment at its start, on the CPU."""
-    net = build_network(data.inputs, encoder_configs(experiment, data), method.head, experiment.seed)
+def make_network(
+    experiment: Experiment, data: DataSource, method: Method[Any], pretrained: bool = True
+) -> MultimodalNet:
+    """The network of an experiment at its start, on the CPU.
+
+    pretrained: False leaves weights of files unread, for a network whose weights come from a checkpoint.
+    """
+    net = build_network(data.inputs, encoder_configs(experiment, data), method.head, experiment.seed, pretrained)
     method.attach(net)
     return net
 
@@ -726,11 +731,10 @@ def _first_non_finite(net: MultimodalNet, out: Outputs, batch: Batch) -> str | N
 
 
 def _float_buffers(net: nn.Module) -> dict[str, Tensor]:
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, GlobalBatchNorm)
     return {
         f"{prefix}.{name}": buffer.detach().cpu()
         for prefix, module in net.named_modules()
-        if isinstance(module, norms)
+        if isinstance(module, BATCH_NORMS)
         for name, buffer in module.named_buffers(recurse=False)
         if buffer.is_floating_point()
     }

@@ -35,17 +35,20 @@ def build_network(
     encoders: Mapping[str, EncoderConfig],
     make_head: Callable[[Mapping[str, int]], Head],
     seed: int,
+    pretrained: bool = True,
 ) -> MultimodalNet:
     """A freshly initialised network.
 
     Every part draws from a seed of its own, so that two methods with the same seed start from the same encoders and
     their difference is a paired one.
+
+    pretrained: False leaves weights of files unread, for a network whose weights come from a checkpoint.
     """
     built: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=[]):
         for name, config in encoders.items():
             torch.manual_seed(derived_seed(seed, "encoder", name))
-            built[name] = build_encoder(inputs[name], config)
+            built[name] = build_encoder(inputs[name], config, pretrained)
         torch.manual_seed(derived_seed(seed, "head"))
         head = make_head({name: int(encoder.width) for name, encoder in built.items()})  # type: ignore[arg-type]
     return MultimodalNet(built, head)

@@ -28,9 +28,9 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.Module):
-    """Takes the place of a BatchNorm1d or BatchNorm2d; shares its parameters and buffers, whose names stay the same."""
+    """Takes the place of a BatchNorm1d, 2d or 3d; shares its parameters and buffers, whose names stay the same."""
 
-    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d, comm: Comm) -> None:
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, comm: Comm) -> None:
         super().__init__()
         assert norm.affine and norm.track_running_stats and norm.momentum is not None
         self.weight, self.bias = norm.weight, norm.bias
@@ -66,14 +66,17 @@ class GlobalBatchNorm(nn.Module):
         return (centred - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
 
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, GlobalBatchNorm)
+
+
 def synchronise_batch_norm(module: nn.Module, comm: Comm) -> None:
     """Replace every batch normalisation inside `module` by one over the global batch, in place."""
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             setattr(module, name, GlobalBatchNorm(child, comm))
         else:
             synchronise_batch_norm(child, comm)
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    return any(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d | GlobalBatchNorm) for part in module.modules())
+    return any(isinstance(part, BATCH_NORMS) for part in module.modules())
