@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from tests.cases import ALONE, CASES, SMALL_ENCODERS, STOPS, WIDTHS
 
 from counterpoise.config import Experiment, resolve
@@ -41,11 +42,9 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of two workers share one pair of processes that trains every case: one process of pytest runs them all."""
     for item in items:
         if "two_ranks" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-            item.add_marker(pytest.mark.timeout(RANKS_TIMEOUT_S + 20))
+            item.add_marker(pytest.mark.timeout(RANKS_TIMEOUT_S + 60))
 
 
 hypothesis.settings.register_profile("counterpoise", deadline=None)  # the machine may be busy
@@ -294,41 +293,49 @@ def finished(experiments: dict[str, dict[str, Any]], run_experiment: Run) -> Cal
 
 
 @pytest.fixture(scope="session")
-def handed_over() -> dict[str, RunFolder]:
-    """Folders of runs that `two_ranks` takes over from one worker and leaves to one worker."""
-    return {}
-
-
-@pytest.fixture(scope="session")
-def two_ranks(
+def ranks_place(
     request: pytest.FixtureRequest,
     experiments: dict[str, dict[str, Any]],
     run_experiment: Run,
-    handed_over: dict[str, RunFolder],
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What each of two processes saw: collectives, batch normalisation, every case that a test asks for, some of them
-    interrupted."""
-    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
-    place = tmp_path_factory.mktemp("ranks")
+) -> Path:
+    """Where two processes have trained every case that a test asks for. Of several workers of pytest one has it done,
+    the others wait."""
+    root = tmp_path_factory.getbasetemp()
+    place = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "ranks"
+    with FileLock(f"{place}.lock", timeout=RANKS_TIMEOUT_S):
+        if not place.exists():
+            asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+            work = place.with_name("ranks-unfinished")
+            work.mkdir()
+            train_in_two(work, {n: e for n, e in experiments.items() if n in asked}, experiments["aug"], run_experiment)
+            work.rename(place)
+    return place
+
+
+def train_in_two(
+    place: Path, experiments: Mapping[str, dict[str, Any]], handed: dict[str, Any], run_experiment: Run
+) -> None:
+    """Two processes: collectives, batch normalisation, every case, some of them interrupted; `handed` is taken over
+    from one worker, and left to one worker."""
     jobs = {}
     for name, content in experiments.items():
-        if name in ALONE or name not in asked:
+        if name in ALONE:
             continue
         experiment, provenance = resolve(content)
         for label, stops in ((name, []), *([(f"{name}, interrupted", STOPS[name])] if name in STOPS else [])):
             folder = new_folder(place / "runs", experiment, provenance)
             jobs[label] = {"experiment": experiment.to_json(), "run": folder.uri, "stop_after": stops}
-    experiment, provenance = resolve(experiments["aug"])
+    experiment, provenance = resolve(handed)
     base = {"experiment": experiment.to_json(), "stop_after": []}
     for label, more in (("taken over", {"resume": True}), ("handed over", {"stop_after": [11], "unfinished": True})):
         folder = new_folder(place / "runs", experiment, provenance, label.replace(" ", "-"))
         jobs[label] = base | more | {"run": folder.uri}
-        handed_over[label] = folder
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(loop, "CONTROL_INTERVAL_S", 0.0)
         calls = itertools.count()
-        run_experiment(experiments["aug"], folder=handed_over["taken over"], stop=lambda: "test" * (next(calls) == 11))
+        folder = RunFolder.open(jobs["taken over"]["run"])
+        run_experiment(handed, folder=folder, stop=lambda: "test" * (next(calls) == 11))
     (place / "jobs.json").write_text(json.dumps(jobs))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -347,5 +354,19 @@ def two_ranks(
     ]
     errors = [process.communicate(timeout=RANKS_TIMEOUT_S)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
-    first, second = (torch.load(place / f"rank-{rank}.pt", weights_only=False) for rank in range(2))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(ranks_place: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What each of two processes saw."""
+    first, second = (torch.load(ranks_place / f"rank-{rank}.pt", weights_only=False) for rank in range(2))
     return first, second
+
+
+@pytest.fixture(scope="session")
+def handed_over(ranks_place: Path) -> dict[str, RunFolder]:
+    """Folders of runs that two workers took over from one, and left to one."""
+    return {
+        label: RunFolder.open(str(ranks_place / "runs" / label.replace(" ", "-")))
+        for label in ("taken over", "handed over")
+    }
