@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -341,18 +342,54 @@ def corpora_prepare(
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="Folder or s3:// prefix.", show_default="corpora home")
     ] = None,
+    raw: Annotated[
+        str | None, typer.Option(help="Folder or s3:// prefix of the original download, for corpora made from one.")
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", metavar="KEY=VALUE", help="Option of the recipe, e.g. seed=1. Repeatable."),
     ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read the download.")] = 1,
+    engine: Annotated[
+        str, typer.Option(help="local: processes of this machine; ray: tasks of a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use.", show_default="start one here")
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Look at the download of a finished corpus again; redo what has changed.")
+    ] = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Make the shards and the card of a corpus."""
+    """Make the shards and the card of a corpus. After a stop, the same command goes on."""
     from counterpoise.config import parse_set
-    from counterpoise.data.recipes import prepare
+    from counterpoise.contracts import Interrupted
+    from counterpoise.data.ingest import explained
+    from counterpoise.data.recipes import needs_raw, prepare
+    from counterpoise.data.shards import read_manifest
+    from counterpoise.start import StopRequest
     from counterpoise.telemetry.progress import progress
 
-    with progress(f"preparing {name}") as callback:
-        place = prepare(name, out, progress=callback, **dict(parse_set(o) for o in option or []))
+    _choice("--engine", engine, ("local", "ray"))
+    run_parts = None
+    if engine == "ray" and needs_raw(name):
+        from counterpoise.launch.prepare import ray_parts
+
+        run_parts = ray_parts(address, verbose)
+    stop = StopRequest("stopping; finished parts stay; once more quits at once")
+    politely = stop.installed() if needs_raw(name) else contextlib.nullcontext()  # what is made whole has no parts
+    options = dict(parse_set(o) for o in option or [])
+    try:
+        with progress(f"preparing {name}") as callback, politely:
+            place = prepare(
+                name, out, callback, raw=raw, workers=workers, again=again, run_parts=run_parts, stop=stop, **options
+            )
+    except Interrupted as error:
+        error.exit_code = stop.exit_code
+        raise
+    if needs_raw(name) and (manifest := read_manifest(place)):
+        for line in explained(manifest):
+            say(line)
     say(f"corpus {name} is in {place}")
 
 

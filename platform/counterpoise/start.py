@@ -247,8 +247,9 @@ def keep_changes(folder: RunFolder, experiment: Experiment, changes: Sequence[st
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a polite wish to stop; the second one quits at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, promise: str = "stopping after a checkpoint; once more quits at once") -> None:
         self.reason: str | None = None
+        self._promise = promise
 
     def __call__(self) -> str | None:
         return self.reason
@@ -257,7 +258,7 @@ class StopRequest:
         if self.reason is not None:
             os._exit(128 + number)
         self.reason = signal.Signals(number).name
-        print(f"\n{self.reason}: stopping after a checkpoint; once more quits at once", file=sys.stderr, flush=True)
+        print(f"\n{self.reason}: {self._promise}", file=sys.stderr, flush=True)
 
     @contextmanager
     def installed(self) -> Iterator[StopRequest]:

@@ -55,35 +55,40 @@ def write_shards(
     schema: Any = None,
 ) -> list[Shard]:
     """Write `rows` as `{split}-00000-of-0000N.parquet` into the folder `out` (local or s3://), whole files only."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if not rows:
         raise DataError(f"split {split}: no rows to write")
     if not 1 <= num_shards <= len(rows):
         raise DataError(f"split {split}: num_shards is {num_shards}; it must lie in 1..{len(rows)}")
     schema = infer_schema(rows[0]) if schema is None else schema
-    media = {f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_nested(f.type)}
-    light = [f.name for f in schema if f.name not in media]
     shards = []
     for number in range(num_shards):
         part = rows[number * len(rows) // num_shards : (number + 1) * len(rows) // num_shards]
-        table = pa.Table.from_pylist([dict(r) for r in part], schema=schema)
-        buffer = io.BytesIO()
-        pq.write_table(
-            table,
-            buffer,
-            row_group_size=row_group_size,
-            write_page_checksum=True,
-            store_schema=False,
-            use_dictionary=light,
-            write_statistics=light,
-        )
-        data = buffer.getvalue()
+        data = parquet_bytes(part, schema, row_group_size)
         name = f"{split}-{number:05d}-of-{num_shards:05d}.parquet"
         storage.write_bytes(storage.join(out, name), data)
         shards.append(Shard(name, len(part), hashlib.sha256(data).hexdigest()))
     return shards
+
+
+def parquet_bytes(rows: Sequence[Mapping[str, Any]], schema: Any, row_group_size: int) -> bytes:
+    """A Parquet file of `rows`, with page checksums, and statistics of light columns only."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    media = {f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_nested(f.type)}
+    light = [f.name for f in schema if f.name not in media]
+    table = pa.Table.from_pylist([dict(r) for r in rows], schema=schema)
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        row_group_size=row_group_size,
+        write_page_checksum=True,
+        store_schema=False,
+        use_dictionary=light,
+        write_statistics=light,
+    )
+    return buffer.getvalue()
 
 
 def write_manifest(out: str, shards: Mapping[str, Sequence[Shard]], **facts: Any) -> None:
