@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -102,10 +103,25 @@ class FramesPreprocess(ImagePreprocess):
 
 
 class TextPreprocess(_Model):
-    """Hashed lower-cased words [L]; 0 pads."""
+    """Token ids [L]: hashed lower-cased words, or the pieces of a Hugging Face tokenizer; 0 pads.
 
-    max_length: int = Field(default=32, ge=1, description="words kept")
-    vocabulary: int = Field(default=20000, ge=2, description="token ids lie in 1..vocabulary-1")
+    Encoders with pretrained weights need the tokenizer of their model. Where a tokenizer pads with another id than 0,
+    the two are exchanged (data/tokens.py), so that 0 pads in every corpus.
+    """
+
+    max_length: int = Field(default=32, ge=1, description="words kept; pieces, with the special ones")
+    vocabulary: int = Field(default=20000, ge=2, description="of hashed words: token ids lie in 1..vocabulary-1")
+    tokenizer: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder with a tokenizer (/path, s3://, or ./path from the card) or its name on the hub",
+    )
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> TextPreprocess:
+        if self.tokenizer is not None and "vocabulary" in self.model_fields_set:
+            raise ValueError("a tokenizer has a vocabulary of its own; give tokenizer or vocabulary")
+        return self
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -150,8 +166,17 @@ class FramesModality(_Model):
 class TextModality(_Model):
     kind: Literal["text"]
     column: str = Field(description="column of strings, or of their UTF-8 bytes")
+    pair: str | None = Field(default=None, min_length=1, description="column of a second text; needs a tokenizer")
     encoding: Literal["utf8"] = "utf8"
     preprocess: TextPreprocess = TextPreprocess()
+
+    @model_validator(mode="after")
+    def _tokenizer_for_a_pair(self) -> TextModality:
+        if self.pair is not None and self.preprocess.tokenizer is None:
+            raise ValueError("pair needs preprocess.tokenizer: hashed words know no second text")
+        if self.pair == self.column:
+            raise ValueError(f"pair and column are both {self.column!r}")
+        return self
 
 
 class VectorModality(_Model):
@@ -297,7 +322,20 @@ class Card(_Model):
             raise ConfigError(f"no modalities chosen; corpus {self.name} has: {', '.join(self.modalities)}")
         if len(set(names)) != len(names):
             raise ConfigError(f"a modality is chosen twice: {', '.join(names)}")
-        return {name: self.modalities[name] for name in names}
+        return {name: self._placed(self.modalities[name]) for name in names}
+
+    def _placed(self, modality: AnyModality) -> AnyModality:
+        """The modality with a tokenizer's ./folder counted from the card."""
+        if not isinstance(modality, TextModality):
+            return modality
+        given = modality.preprocess.tokenizer
+        if given is None or not given.startswith(("./", "../")):
+            return modality
+        scheme, slashes, path = self.folder.rpartition("://")
+        place = scheme + slashes + posixpath.normpath(posixpath.join(path, given))
+        if not slashes:
+            place = os.path.abspath(place)
+        return modality.model_copy(update={"preprocess": modality.preprocess.model_copy(update={"tokenizer": place})})
 
 
 def corpora_home() -> str:

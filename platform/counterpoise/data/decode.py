@@ -30,10 +30,12 @@ from counterpoise.data.card import (
     TextModality,
     VectorModality,
 )
+from counterpoise.data.tokens import tokenizer_of
 
 MAX_PIXELS = 50_000_000  # of the encoded image; Pillow alone would decode 179 million
 MAX_SECONDS = 600.0  # of the encoded clip
 MAX_FRAMES = 10_000
+MAX_CHARACTERS = 1_000_000  # of a text
 LFS_POINTER = b"version https://git-lfs"
 _WORD = re.compile(r"[^\W_]+")
 
@@ -89,8 +91,12 @@ def input_spec(modality: AnyModality, stats: Stats | None = None) -> InputSpec:
     """The tensor that a modality's cells become."""
     shape = stats.shape if stats is not None else modality.preprocess.shape
     assert shape is not None, "the shape of a vector comes with its stats"
-    vocabulary = modality.preprocess.vocabulary if isinstance(modality, TextModality) else 0
-    return InputSpec(modality.kind, tuple(shape), vocabulary)
+    if not isinstance(modality, TextModality):
+        return InputSpec(modality.kind, tuple(shape))
+    tokenizer = tokenizer_of(modality)
+    if tokenizer is None:
+        return InputSpec("text", tuple(shape), modality.preprocess.vocabulary)
+    return InputSpec("text", tuple(shape), tokenizer.vocabulary, tokenizer.fingerprint, tokenizer.separator)
 
 
 def compact_dtype(modality: AnyModality) -> np.dtype:
@@ -288,7 +294,9 @@ def _frames(value: Any, modality: FramesModality) -> np.ndarray:
 # Text and numbers
 
 
-def _tokens(value: Any, modality: TextModality) -> np.ndarray:
+def _text(value: Any) -> str:
+    if value is None:
+        raise DecodeError("missing")
     if isinstance(value, bytes):
         if value.startswith(LFS_POINTER):
             raise DecodeError("a git-LFS pointer, not the file itself (git lfs pull)")
@@ -298,7 +306,20 @@ def _tokens(value: Any, modality: TextModality) -> np.ndarray:
             raise DecodeError(f"not UTF-8: {error.reason} at byte {error.start}") from None
     if not isinstance(value, str):
         raise DecodeError(f"{type(value).__name__} instead of text")
-    words = _WORD.findall(value.lower())[: modality.preprocess.max_length]
+    if len(value) > MAX_CHARACTERS:
+        raise DecodeError(f"{len(value)} characters; at most {MAX_CHARACTERS} are read")
+    return value
+
+
+def _tokens(value: Any, modality: TextModality) -> np.ndarray:
+    tokenizer = tokenizer_of(modality)
+    if tokenizer is not None:
+        parts = value if modality.pair is not None else [value]
+        ids = tokenizer(*[_text(part) for part in parts])
+        if ids is None:
+            raise DecodeError("no words" if modality.pair is None else "no words in the text or in its pair")
+        return ids
+    words = _WORD.findall(_text(value).lower())[: modality.preprocess.max_length]
     if not words:
         raise DecodeError("no words")
     tokens = np.zeros(modality.preprocess.max_length, dtype=np.int32)

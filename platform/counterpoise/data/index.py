@@ -17,6 +17,7 @@ import numpy as np
 from counterpoise import storage
 from counterpoise.contracts import DataError
 from counterpoise.data.card import SPLITS, Card, Carve, SplitCard, resolve, split_card
+from counterpoise.data.tokens import preprocessing_facts
 from counterpoise.wording import did_you_mean
 
 
@@ -146,7 +147,10 @@ class _Rows:
 
 def columns_of(modality: Any) -> list[str]:
     """The Parquet columns a modality is read from."""
-    return [modality.column] if isinstance(modality.column, str) else list(modality.column)
+    if not isinstance(modality.column, str):
+        return list(modality.column)
+    pair = getattr(modality, "pair", None)
+    return [modality.column] if pair is None else [modality.column, pair]
 
 
 def _read_light(card: Card, split: SplitCard, name: str, extra: Iterable[str]) -> _Rows:
@@ -355,7 +359,7 @@ def fingerprint(card: Card, indexes: Mapping[str, SplitIndex], modalities: Itera
     chosen = card.select(modalities)
     facts = {
         "classes": card.class_names,
-        "modalities": {n: {"kind": m.kind, **m.preprocess.model_dump(mode="json")} for n, m in chosen.items()},
+        "modalities": {n: preprocessing_facts(m) for n, m in chosen.items()},
     }
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name in SPLITS:

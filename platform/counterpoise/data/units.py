@@ -84,8 +84,9 @@ class RawRows:
             table = self._reader.table(file, group)
         result = {}
         for name, modality in self.modalities.items():
-            values = [_plain(table.column(c)[position]) for c in columns_of(modality)]
-            result[name] = values[0] if isinstance(modality.column, str) else values
+            columns = columns_of(modality)
+            values = [_plain(table.column(c)[position]) for c in columns]
+            result[name] = values[0] if columns == [modality.column] else values
         return result
 
 
