@@ -191,12 +191,12 @@ def counting(calls):
     return run
 
 
-def stop_after(parts):
-    """A reason to stop as soon as so many records are there."""
+def stop_after(parts, made_by=ingest.local_parts):
+    """Makes parts as they are made otherwise; `reached` as soon as so many records are there."""
 
     def run(todo, work, workers):
         done = 0
-        for more, record in ingest.local_parts(todo, work, workers):
+        for more, record in made_by(todo, work, workers):
             done += record is not None
             run.reached = done >= parts
             yield more, record
@@ -402,3 +402,59 @@ def test_from_a_bucket_into_a_bucket_it_is_the_same_corpus(bucket, made, spoilt)
         if name.endswith((".parquet", ".jsonl")):
             assert storage.read_bytes(f"{out}/{name}") == here[name], name
     assert check_corpus(load_card(out)).ok
+
+
+# On Ray
+
+
+@pytest.fixture(scope="module")
+def ray_parts():
+    from counterpoise.launch.cluster import cluster
+    from counterpoise.launch.prepare import ray_parts
+
+    with cluster(workers=2, tasks=1):
+        yield ray_parts()
+
+
+@pytest.mark.ray
+def test_tasks_of_ray_make_the_same_bytes(tmp_path, ray_parts):
+    rows = sounds(tmp_path / "raw")
+    (tmp_path / "raw" / "train4.wav").write_bytes(b"")
+    build(tmp_path / "raw", tmp_path / "here", rows)
+    build(tmp_path / "raw", tmp_path / "there", rows, run_parts=ray_parts, workers=2)
+    assert content(tmp_path / "there") == content(tmp_path / "here")
+    assert [e["sample_id"] for e in ledger(tmp_path / "there") if not e["kept"]] == ["train4"]
+
+
+@pytest.mark.ray
+def test_what_ray_began_is_finished_without_it(tmp_path, ray_parts):
+    rows = sounds(tmp_path / "raw")
+    build(tmp_path / "raw", tmp_path / "whole", rows)
+    run = stop_after(1, ray_parts)
+    with pytest.raises(Interrupted, match="of 6 parts are finished"):
+        build(tmp_path / "raw", tmp_path / "out", rows, run_parts=run, stop=lambda: "SIGINT" if run.reached else None)
+    calls = []
+    build(tmp_path / "raw", tmp_path / "out", rows, run_parts=counting(calls))
+    assert len(calls[0]) < 6
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.ray
+def test_an_error_in_a_task_is_told_in_one_line(tmp_path, ray_parts):
+    rows = sounds(tmp_path / "raw")
+    rows[0] = RawRow("long", "train", "low", {"sound": Sound("train0.wav", 8000, seconds=9999)})
+    with pytest.raises(ConfigError, match="9999 s of sound are asked for; at most 600 s are stored"):
+        build(tmp_path / "raw", tmp_path / "out", rows, run_parts=ray_parts, workers=2)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_what_ray_job_submit_runs_makes_the_corpus(made, spoilt, tmp_path):
+    folder, lists, _ = spoilt
+    program = Path(__file__).resolve().parents[2] / "trainables" / "ingest.py"
+    arguments = ["cremad", "--raw", str(folder), "--out", str(tmp_path / "out"), "--workers", "2"]
+    arguments += [f"--option={k}={v}" for k, v in lists.items()]
+    done = subprocess.run([sys.executable, str(program), *arguments], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "git-LFS pointer" in done.stderr
+    assert content(tmp_path / "out") == content(made)

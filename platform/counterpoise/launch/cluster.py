@@ -43,6 +43,7 @@ _OWN = {
     "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
     "RAY_AUTH_MODE": "token",  # other users of this machine reach loopback too
     "RAY_prestart_worker_first_driver": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` would start workers by a `uv run` of their own
     "RAY_enable_metrics_collection": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_worker_niceness": "0",  # 15 by default: training would come to a halt beside any other program
