@@ -74,6 +74,7 @@ def normalise(comm: Comm) -> dict[str, dict[str, Tensor]]:
         ("2d", nn.BatchNorm2d, (8, 3, 4, 5)),
         ("1d", nn.BatchNorm1d, (8, 3)),
         ("series", nn.BatchNorm1d, (8, 3, 6)),
+        ("3d", nn.BatchNorm3d, (8, 3, 2, 4, 5)),
     ):
         x, norm = normalisation_problem(make, shape)
         layer = GlobalBatchNorm(norm, comm)

@@ -56,7 +56,12 @@ def test_one_worker_needs_no_group() -> None:
 
 @pytest.mark.parametrize(
     ("name", "make", "shape"),
-    [("2d", nn.BatchNorm2d, (8, 3, 4, 5)), ("1d", nn.BatchNorm1d, (8, 3)), ("series", nn.BatchNorm1d, (8, 3, 6))],
+    [
+        ("2d", nn.BatchNorm2d, (8, 3, 4, 5)),
+        ("1d", nn.BatchNorm1d, (8, 3)),
+        ("series", nn.BatchNorm1d, (8, 3, 6)),
+        ("3d", nn.BatchNorm3d, (8, 3, 2, 4, 5)),
+    ],
 )
 def test_batch_norm_over_two_workers_equals_one_over_the_whole_batch(
     two_ranks: Ranks, program: ModuleType, name: str, make: type, shape: tuple[int, ...]

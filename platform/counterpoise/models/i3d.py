@@ -27,6 +27,20 @@ MIN_FRAMES, MIN_SIDE = 3, 15  # below that a pooling layer has nothing left to p
 _KEEP_TIME = ("maxpool1", "maxpool2")
 
 
+class _FirstFilters(nn.Conv3d):
+    """The first convolution, 7 x 7 x 7 with stride 2, over at least 8 frames: more padding, of which nothing is kept.
+
+    On a CPU oneDNN's gradient of these filters is noise for 6 and 7 frames, and for 5 it writes beyond its memory (seen
+    with torch 2.15); from 8 on, and below 5, it is right.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.shape[2]
+        if frames >= 8:
+            return super().forward(x)
+        return super().forward(F.pad(x, (0, 0, 0, 0, 0, 8 - frames)))[:, :, : (frames + 1) // 2]
+
+
 class _Mean(nn.Module):
     """Mean over time and space: its gradient is deterministic on a GPU, that of AdaptiveAvgPool3d is not."""
 
@@ -42,7 +56,8 @@ def _cubic(value: int | tuple[int, ...], time: int | None = None) -> tuple[int, 
 def _inflated(layer: nn.Module, name: str) -> nn.Module | None:
     """The 3D form of a 2D layer, freshly initialised; None for a layer that has no dimensions of its own."""
     if isinstance(layer, nn.Conv2d):
-        return nn.Conv3d(
+        kind = _FirstFilters if layer.kernel_size == (7, 7) else nn.Conv3d
+        return kind(
             layer.in_channels,
             layer.out_channels,
             _cubic(layer.kernel_size),
@@ -110,8 +125,4 @@ class I3D(nn.Module):
             load_checked(trunk, weights, source, ignore=("fc.", "aux1.", "aux2."))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] in (3, 5):
-            # One more frame of padding changes no number. With 5 frames oneDNN's gradient of the first filters writes
-            # beyond its memory (torch 2.15 on CPUs with AVX-512), and the process dies.
-            x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1))
         return self.trunk(x.transpose(1, 2))
