@@ -450,10 +450,12 @@ def prepare_raw(
         for left in listing.left
     ]
     storage.write_bytes(storage.join(out, LEDGER), b"".join(_json(line) + b"\n" for line in lines))
+    made, notes = _made_card(card_content, manifest, out)
+    manifest["notes"] += notes
     storage.write_bytes(
         storage.join(out, MANIFEST), (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
     )
-    _write_card(card, card_content, manifest, out)
+    storage.write_bytes(storage.join(out, CARD), made)
     return manifest
 
 
@@ -561,8 +563,11 @@ def _check_kept(card: Card, manifest: Mapping[str, Any], records: Sequence[Recor
             )
 
 
-def _write_card(card: Card, content: Mapping[str, Any], manifest: Mapping[str, Any], out: str) -> None:
-    """The recipe's card with the splits that were made, and the rows that are in them after carving."""
+def _made_card(content: Mapping[str, Any], manifest: Mapping[str, Any], out: str) -> tuple[bytes, list[str]]:
+    """The recipe's card with the splits that were made and the rows that are in them after carving, and notes.
+
+    A split to be carved out of too few rows gets none; it is left out, for a card must not promise an empty split.
+    """
     import yaml
 
     from counterpoise.data.card import parse_card
@@ -576,13 +581,15 @@ def _write_card(card: Card, content: Mapping[str, Any], manifest: Mapping[str, A
             done["splits"][split] = {"files": f"{split}-*.parquet"}
         elif "carve" in before:
             done["splits"][split] = {"carve": before["carve"]}
-    location = place
-    if storage.is_local(place):
-        location = storage.local_path(place)
-    for split, index in open_splits(parse_card(yaml.safe_dump(done).encode(), location)).items():
-        done["splits"][split]["expected"] = len(index)
-    text = yaml.safe_dump(done, sort_keys=False, allow_unicode=True, width=120)
-    storage.write_bytes(place, text.encode())
+    location = storage.local_path(place) if storage.is_local(place) else place
+    notes = []
+    for split, index in open_splits(parse_card(yaml.safe_dump(done).encode(), location), counted=False).items():
+        if len(index):
+            done["splits"][split]["expected"] = len(index)
+        else:
+            del done["splits"][split]
+            notes.append(f"Split {split} is left out: train has too few rows to carve it out of them.")
+    return yaml.safe_dump(done, sort_keys=False, allow_unicode=True, width=120).encode(), notes
 
 
 def _difference(count: Mapping[str, Any], known: str) -> str:

@@ -145,10 +145,6 @@ class Raw:
         place = path if "://" in path or path.startswith("/") else storage.join(self.uri, path)
         try:
             return storage.read_bytes(place).decode(encoding)
-        except FileNotFoundError:
-            raise DataError(
-                f"{storage.show(place)} is not there; the recipe's README says where lists come from"
-            ) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{storage.show(place)} is not {encoding} text: {error}") from None
 
