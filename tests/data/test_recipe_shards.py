@@ -92,6 +92,40 @@ def ave(raw):
     return {"train": {"duplicate": 1, "too short": 1}}
 
 
+def clip(path, seconds=5, hertz=300, silent=False):
+    write_video(path, moving(10 * seconds), sound=None if silent else tone(seconds, hertz, 44100))
+
+
+def vggsound(raw):
+    names = ["bee, wasp, etc. buzzing", "hail", "raining", "foghorn", "skiing", "sailing", "thunder", "swimming"]
+    rows = []
+    for split, first in (("train", 0), ("test", 20)):
+        for i, name in enumerate(names, first):
+            rows.append(f'-_{i:09},{i},"{name}",{split}\n')
+            clip(raw / f"videos/{split}/-_{i:09}_{i:0{6 if i % 2 else 1}}.mp4", hertz=300 + 20 * i)
+    (raw / "vggsound.csv").write_text("".join(rows))
+    clip(raw / "videos/train/-_000000001_000001.mp4", silent=True)
+    clip(raw / "videos/test/-_000000020_20.mp4", seconds=2)
+    (raw / "videos/test/-_000000021_000021.mp4").write_bytes(LFS)
+    return {"train": {"no such stream": 1}, "test": {"git-LFS pointer": 1, "too short": 1}}
+
+
+def kinetics_sounds(raw):
+    database = {}
+    for subset, first, key in (
+        ("training", 0, "{}_{:06}_{:06}"),
+        ("validation", 10, "{}_{}"),
+        ("testing", 20, "{}_{}"),
+    ):
+        for i, name in enumerate(("blowing_nose", "tap_dancing", "tickling", "singing"), first):
+            database[key.format(f"-_{i:09}", i, i + 10)] = {"subset": subset, "label": name}
+            clip(raw / f"{name.replace('_', ' ')}/-_{i:09}_{i:06}_{i + 10:06}.mp4", hertz=300 + 20 * i)
+    (raw / "KS_train_val.json").write_text(json.dumps({"labels": [], "database": database}))
+    (raw / "singing/-_000000013_000013_000023.mp4").unlink()
+    (raw / "tap dancing/-_000000021_000021_000031.mp4").write_bytes(b"")
+    return {"valid": {"missing file": 1}, "test": {"zero bytes": 1}}
+
+
 CASES = {
     "twitter15": (twitter, {}, {"text": (128,), "image": (3, 224, 224)}),
     "sarcasm": (sarcasm, {}, {"text": (128,), "image": (3, 224, 224)}),
@@ -102,6 +136,12 @@ CASES = {
         {"rgb": (64, 3, 224, 224), "flow": (64, 2, 224, 224), "depth": (64, 1, 224, 224)},
     ),
     "ave": (ave, {}, {"audio": (1, 257, 1007), "visual": (3, 3, 224, 224)}),
+    "vggsound": (vggsound, {}, {"audio": (1, 257, 2006), "visual": (1, 3, 384, 384)}),
+    "kinetics_sounds": (
+        kinetics_sounds,
+        {"database": "KS_train_val.json"},
+        {"audio": (1, 257, 1003), "visual": (3, 3, 224, 224)},
+    ),
 }
 
 
@@ -132,3 +172,13 @@ def test_flow_reaches_the_network_as_u_and_v(tmp_path):
     flow = next(LocalData(load_card(computed), batch_size=2).train_batches(1))["flow"]
     right, down = (((flow[:, :, i, 80:144, 80:144].median() * 255 - 128) * 20 / 127).item() for i in (0, 1))
     assert abs(right - 2) < 0.3 and abs(down) < 0.3, "the texture moves 2 pixels to the right per frame"
+
+
+def test_a_split_that_too_few_rows_leave_nothing_for_is_left_out_of_the_card(tmp_path):
+    vggsound(tmp_path / "raw")  # one row of every class: none can be carved for valid
+    out = prepare("vggsound", str(tmp_path / "out"), raw=str(tmp_path / "raw"))
+    card = load_card(out)
+    assert {name: split.expected for name, split in card.splits.items()} == {"train": 7, "test": 6}
+    manifest = json.loads((Path(out) / "manifest.json").read_text())
+    assert manifest["notes"] == ["Split valid is left out: train has too few rows to carve it out of them."]
+    assert not check_corpus(card).errors

@@ -5,6 +5,8 @@ What a list says is not trusted: a name that leaves the raw folder is an error, 
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,7 +18,13 @@ from counterpoise.data.raw import Left, Raw, RawRow
 from counterpoise.wording import did_you_mean
 
 PICTURES = (".jpg", ".jpeg", ".png")
+VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".flv")
 OVERLAP = "in a later split too"  # why a row is left, beside the words of data/raw.py
+
+_VIDEO_ID = r"[A-Za-z0-9_-]{11}"
+_CLIP = re.compile(rf"({_VIDEO_ID})_([0-9]{{1,6}})(?:_[0-9]{{1,6}})?")
+
+Clip = tuple[str, int]  # YouTube id, start in seconds
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,14 @@ def lines(raw: Raw, path: str) -> list[Line]:
     if not found:
         raise DataError(f"{storage.show(path)} is empty; the recipe's README says where lists come from")
     return found
+
+
+def comma_fields(line: Line) -> list[str]:
+    """The fields between commas, less blanks around them; those with commas of their own are in double quotes."""
+    try:
+        return [field.strip() for field in next(csv.reader([line.text], skipinitialspace=True, strict=True))]
+    except csv.Error as error:
+        raise line.wrong(f"not fields between commas ({error})") from None
 
 
 def below(folder: str, name: str, line: Line) -> str:
@@ -85,6 +101,37 @@ def files_in(raw: Raw, folder: str, endings: Iterable[str] = PICTURES) -> dict[s
         if path.startswith(start) and path.lower().endswith(endings):
             found.setdefault(path.rpartition("/")[0], []).append(path)
     return {name: sorted(paths) for name, paths in found.items()}
+
+
+def clip_named(name: str) -> Clip | None:
+    """What `<YouTube id>_<start>` or `<YouTube id>_<start>_<end>` names, with zeros before the numbers or without.
+
+    An id has 11 characters, `-` and `_` among them, so it is told by its length.
+    """
+    match = _CLIP.fullmatch(name)
+    return (match[1], int(match[2])) if match else None
+
+
+def clip_at(video: str, start: str, line: Line) -> Clip:
+    """The clip of a YouTube id and a start that stand in fields of their own."""
+    if not re.fullmatch(_VIDEO_ID, video):
+        raise line.wrong(f"video id {video!r}; a YouTube id has 11 letters, digits, - and _")
+    return video, whole_number(start, "the start", line)
+
+
+def clips_in(raw: Raw, folder: str) -> tuple[dict[Clip, str], list[str]]:
+    """Paths of the video files at or below `folder` whose names say which clip they are, and what to know of them.
+
+    Of several files of one clip the largest is taken: pages, pointers and stumps of downloads are small.
+    """
+    found: dict[Clip, list[str]] = {}
+    for paths in files_in(raw, folder or ".", VIDEOS).values():
+        for path in paths:
+            if clip := clip_named(PurePosixPath(path).stem):
+                found.setdefault(clip, []).append(path)
+    again = sum(len(paths) > 1 for paths in found.values())
+    notes = [f"Clips with several video files: {again}; the largest of each is read."] if again else []
+    return {clip: min(paths, key=lambda path: (-raw.files[path], path)) for clip, paths in found.items()}, notes
 
 
 def part_overlap(rows: Iterable[RawRow], column: str) -> tuple[list[RawRow], list[Left], list[str]]:

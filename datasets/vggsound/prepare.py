@@ -1,0 +1,120 @@
+"""VGGSound, sound and pictures of what makes it: recipe. What it takes and why is told in README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from counterpoise.contracts import ConfigError
+from counterpoise.data.lists import (
+    VIDEOS,
+    Clip,
+    Line,
+    card_classes,
+    clip_at,
+    clip_named,
+    clips_in,
+    comma_fields,
+    known_class,
+    lines,
+    one_of,
+    part_overlap,
+)
+from counterpoise.data.raw import DUPLICATE, Left, Listing, Media, Raw, RawRow, Sound, Video
+
+# rows of test.csv, and of all 199176 that stat.csv counts those that are not in it
+EXPECTED = {"train": 183730, "test": 15446}
+SECONDS = 10.0  # of a clip
+
+
+@dataclass(frozen=True)
+class _Listed:
+    line: Line
+    clip: Clip
+    label: str
+
+
+def listing(
+    raw: Raw,
+    *,
+    lists: str = "vggsound.csv",
+    train: str = "",
+    test: str = "",
+    videos: str = "",
+    overlap: str = "keep",
+    rate: int = 35400,
+    per_second: float = 1.0,
+    least: int = 4,
+    size: int = 384,
+) -> Listing:
+    """lists: the list with a column of splits. train, test: lists of one split, which take the place of its rows.
+
+    All of them below the raw folder, absolute or s3://. videos: folder at or below which the clips are. overlap:
+    `keep` or `drop` rows of train whose video is in test. rate: of the sound in Hz. per_second: frames of every second.
+    least: clips with fewer frames are dropped. size: shorter side of the frames in pixels at most, 0 keeps it.
+    """
+    one_of("overlap", overlap, ("keep", "drop"))
+    if rate < 1:
+        raise ConfigError(f"option rate is {rate}; give samples per second, such as 35400")
+    if not per_second > 0:
+        raise ConfigError(f"option per_second is {per_second}; give more than 0")
+    if least < 1:
+        raise ConfigError(f"option least is {least}; give 1 or more")
+    classes = card_classes(__file__)
+    own = {"train": train, "test": test}
+    both = {} if train and test else _by_split(raw, lists, classes)
+    there, notes = clips_in(raw, videos)
+    folder = f"{videos.rstrip('/')}/" if videos else ""
+
+    rows: list[RawRow] = []
+    left: list[Left] = []
+    for split, path in own.items():
+        seen: dict[Clip, _Listed] = {}
+        for listed in _of_one_split(raw, path, classes) if path else both[split]:
+            video, start = listed.clip
+            name = f"{video}_{start:06}"
+            first = seen.setdefault(listed.clip, listed)
+            if first is not listed:
+                detail = f"clip {name} is {first.label} in {first.line}, and {listed.label} here"
+                left.append(Left(f"{name}@{split}:{listed.line.number}", split, DUPLICATE, detail))
+                continue
+            file = there.get(listed.clip, f"{folder}{name}.mp4")
+            media: dict[str, Media] = {
+                "audio": Sound(file, rate, seconds=SECONDS),
+                "frames": Video(file, per_second=per_second, seconds=SECONDS, least=least, size=size or None),
+            }
+            rows.append(RawRow(name, split, listed.label, media, {"video_id": video, "start_s": start}))
+    clear, shared, more = part_overlap(rows, "video_id")
+    if overlap == "drop":
+        rows, left = clear, left + shared
+    return Listing(rows, left, EXPECTED, notes + more, rows_per_part=128)
+
+
+def _by_split(raw: Raw, path: str, classes: tuple[str, ...]) -> dict[str, list[_Listed]]:
+    """Rows of `YouTube id,start,label,split`."""
+    found: dict[str, list[_Listed]] = {"train": [], "test": []}
+    for line in lines(raw, path):
+        fields = comma_fields(line)
+        if len(fields) != 4:
+            raise line.wrong(f"{len(fields)} fields between commas; there should be id, start, label and split")
+        video, start, label, split = fields
+        clip = clip_at(video, start, line)
+        if split not in found:
+            raise line.wrong(f"the split is {split!r}; it should be train or test")
+        found[split].append(_Listed(line, clip, known_class(label, classes, line)))
+    return found
+
+
+def _of_one_split(raw: Raw, path: str, classes: tuple[str, ...]) -> Iterator[_Listed]:
+    """Rows of `<id>_<start>.mp4,label`, with or without the ending, with or without zeros before the start."""
+    for line in lines(raw, path):
+        fields = comma_fields(line)
+        if len(fields) != 2:
+            raise line.wrong(f"{len(fields)} fields between commas; there should be a clip and a label")
+        file, label = fields
+        ending = PurePosixPath(file).suffix
+        clip = clip_named(file.removesuffix(ending) if ending in VIDEOS else file)
+        if clip is None:
+            raise line.wrong(f"{file!r} is not a clip such as 6jiO0tPLK7U_000090.mp4")
+        yield _Listed(line, clip, known_class(label, classes, line))
