@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from counterpoise import storage
-from counterpoise.contracts import ConfigError, DataError, Interrupted
+from counterpoise.contracts import ConfigError, DataError, Interrupted, ResourceError
 from counterpoise.data import ingest, raw
 from counterpoise.data.card import load_card
 from counterpoise.data.check import check_corpus
@@ -27,6 +28,7 @@ from counterpoise.data.recipes import prepare
 from . import crema
 from .media_files import tone, write_wav
 
+pytestmark = pytest.mark.xdist_group("ingest")  # one process makes the corpus that many tests look at
 CLIPS = crema.clip_names()
 TEST = [c for c in CLIPS if c[:4] in ("1011", "1012")]
 TRAIN = [c for c in CLIPS if c not in TEST]
@@ -317,6 +319,18 @@ def test_a_decoder_that_crashes_hangs_or_eats_memory_costs_one_row(tmp_path, mon
     }  # fmt: skip
     assert "AttributeError: a bug in a decoder" in found["train5"]["detail"]
     assert manifest["counts"]["test"]["kept"] == 4
+
+
+@pytest.mark.parametrize("name", ["raw", "out"])
+def test_a_machine_that_lacks_the_folders_does_not_call_files_missing(tmp_path, name):
+    rows = sounds(tmp_path / "raw")
+
+    def elsewhere(parts, work, workers):
+        yield from ingest.local_parts(parts, replace(work, **{name: str(tmp_path / "elsewhere")}), workers)
+
+    with pytest.raises(ResourceError, match="elsewhere is not there on this machine"):
+        build(tmp_path / "raw", tmp_path / "out", rows, run_parts=elsewhere)
+    assert build(tmp_path / "raw", tmp_path / "out", rows)["counts"]["train"]["kept"] == 10
 
 
 def test_hidden_files_are_not_looked_at_and_links_are_followed(tmp_path):

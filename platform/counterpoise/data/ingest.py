@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import platform
 import re
 import threading
 import time
@@ -278,6 +279,7 @@ def _begin(memory_bytes: int) -> None:
 
 def make_part(part: Part, work: Work, readers: Readers, tick: Callable[[], None] = lambda: None) -> Record:
     """Read the rows of a part and write its shard and its record; returns the record."""
+    _check_reach(work)
     futures = [readers.start(work.raw, row.media) for row in part.rows]
     rows: list[dict[str, Any]] = []
     ledger = []
@@ -313,6 +315,16 @@ def make_part(part: Part, work: Work, readers: Readers, tick: Callable[[], None]
     data = _json(record) + b"\n"
     storage.write_bytes(storage.join(work.out, part.record), data)
     return dict(json.loads(data))  # as another process will read it
+
+
+def _check_reach(work: Work) -> None:
+    """Raise where a machine lacks the folders: all files would seem missing, and shards would go nowhere."""
+    for place, needed in ((work.raw, work.raw), (work.out, storage.join(work.out, PLAN))):
+        if storage.is_local(place) and not storage.exists(needed):
+            raise ResourceError(
+                f"{place} is not there on this machine ({platform.node()}); with more than one machine raw folder and "
+                "output must be on s3:// or in a folder that all of them share"
+            )
 
 
 def _group_rows(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -419,8 +431,12 @@ def prepare_raw(
     names = {part.digest: part.name for part in todo}
     begun = time.monotonic()
 
+    shown = -1
+
     def show() -> None:
-        if progress:
+        nonlocal shown
+        if progress and done != shown:
+            shown = done
             rate = (done - before) / max(time.monotonic() - begun, 1e-3)
             said = f"{rate:.0f} rows/s" + (f", {dropped} dropped" if dropped else "")
             progress(min(done, total), total, said)
