@@ -216,7 +216,7 @@ def test_a_seed_gives_the_same_network(tmp_path: Path) -> None:
         assert all(value.equal(states[1][n]) for n, value in states[0].items())
 
 
-def test_weights_come_from_object_storage_too(s3: Any = None) -> None:
+def test_weights_come_from_object_storage_too() -> None:
     buffer = io.BytesIO()
     torch.save({"a": torch.ones(2)}, buffer)
     import fsspec
