@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,25 +121,30 @@ def test_a_head_for_another_task_is_left_over(tmp_path: Path) -> None:
 # --- random initialisation
 
 
-def _fingerprint(place: str, queue: Any) -> None:
-    torch.manual_seed(5)
-    module = encoder(WORDS, place, weights="none")
-    queue.put(sum(p.detach().double().abs().sum().item() for p in module.parameters()))
+IN_ANOTHER_PROCESS = """
+import sys, torch
+from counterpoise.contracts import InputSpec
+from counterpoise.models.encoders import EncoderConfig, build_encoder
+torch.manual_seed(5)
+config = EncoderConfig(name="transformers", model=sys.argv[1], weights="none")
+module = build_encoder(InputSpec("text", (8,), vocabulary=40), config)
+print(sum(p.detach().double().abs().sum().item() for p in module.parameters()).hex())
+"""
 
 
 def test_a_seed_gives_the_same_network_in_any_process(tmp_path: Path) -> None:
     place = folder(tmp_path / "bert", BERT)
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_fingerprint, args=(place, queue))
-    process.start()
-    theirs = queue.get(timeout=120)
-    process.join()
-    _fingerprint(place, queue)
-    assert queue.get(timeout=10) == theirs
-    torch.manual_seed(6)
-    other = encoder(WORDS, place, weights="none")
-    assert sum(p.detach().double().abs().sum().item() for p in other.parameters()) != theirs
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "platform")}
+    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, place]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+
+    def total(seed: int) -> float:
+        torch.manual_seed(seed)
+        module = encoder(WORDS, place, weights="none")
+        return sum(p.detach().double().abs().sum().item() for p in module.parameters())
+
+    assert total(5) == float.fromhex(done.stdout.split()[-1]) != total(6)
 
 
 def test_a_network_for_a_checkpoint_needs_the_configuration_alone(tmp_path: Path) -> None:
