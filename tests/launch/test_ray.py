@@ -313,3 +313,21 @@ def commands() -> Iterator[str]:
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             yield place.read_bytes().decode(errors="replace")
+
+
+TWO_CLUSTERS = """
+from counterpoise.launch.cluster import cluster
+for number in range(2):
+    with cluster(workers=1, tasks=1) as own:
+        print(number, own.cpus)
+"""
+
+
+def test_a_process_can_have_one_cluster_after_another() -> None:
+    """Ray keeps the token of the first, so the second must have the same."""
+    package = Path(__file__).resolve().parents[2] / "platform"
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    command = [sys.executable, "-c", TWO_CLUSTERS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "2.0", "1", "2.0"]
