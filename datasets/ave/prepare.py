@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from counterpoise.contracts import ConfigError
-from counterpoise.data.lists import Line, card_classes, known_class, lines, one_of, part_overlap, whole_number
+from counterpoise.data.lists import (
+    Line,
+    card_classes,
+    check_reading,
+    known_class,
+    lines,
+    one_of,
+    part_overlap,
+    video_id,
+    whole_number,
+)
 from counterpoise.data.raw import DUPLICATE, TOO_SHORT, Left, Listing, Media, Raw, RawRow, Sound, Video
 
 EXPECTED = {"train": 3339, "valid": 402, "test": 402}  # rows of the published lists
@@ -46,10 +54,7 @@ def listing(
     one_of("span", span, ("event", "clip"))
     one_of("repeats", repeats, ("first", "last", "all"))
     one_of("overlap", overlap, ("keep", "drop"))
-    if rate < 1:
-        raise ConfigError(f"option rate is {rate}; give samples per second, such as 22050")
-    if not per_second > 0:
-        raise ConfigError(f"option per_second is {per_second}; give more than 0")
+    check_reading(rate=rate, per_second=per_second)
     classes = card_classes(__file__)
     rows: list[RawRow] = []
     left: list[Left] = []
@@ -105,8 +110,7 @@ def _events(raw: Raw, path: str, classes: tuple[str, ...]) -> list[_Event]:
             raise line.wrong(f"{len(fields)} fields between &; there should be 5")
         label, video, _, begin, finish = fields
         known_class(label, classes, line)
-        if not re.fullmatch(r"[A-Za-z0-9_-]{11}", video):
-            raise line.wrong(f"video id {video!r}; a YouTube id has 11 letters, digits, - and _")
+        video_id(video, line)
         start, end = whole_number(begin, "the start", line), whole_number(finish, "the end", line)
         if not start <= end <= SECONDS:
             raise line.wrong(f"the event is from {start} to {end}; it should lie within 0 and {SECONDS} s")

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from counterpoise import storage
 from counterpoise.contracts import ConfigError, DataError
 from counterpoise.data.lists import (
-    Clip,
     Line,
+    ListedClip,
     card_classes,
+    check_reading,
     clip_at,
     clip_named,
-    clips_in,
+    clip_rows,
     comma_fields,
     lines,
     part_overlap,
     whole_number,
 )
-from counterpoise.data.raw import DUPLICATE, Left, Listing, Media, Raw, RawRow, Sound, Video
+from counterpoise.data.raw import Listing, Raw
 from counterpoise.wording import did_you_mean
 
 # rows of OGM-GE's lists, and of the subsets of BML's database
@@ -28,14 +28,6 @@ OGM = {"train": 14799, "test": 2597}
 BML = {"train": 14799, "valid": 1320, "test": 2597}
 SUBSETS = {"training": "train", "validation": "valid", "testing": "test"}
 SECONDS = 10  # of a clip
-
-
-@dataclass(frozen=True)
-class _Listed:
-    clip: Clip
-    label: str
-    place: str  # for messages
-    number: int  # line or entry, from 1
 
 
 def listing(
@@ -57,18 +49,13 @@ def listing(
     sound in Hz. per_second: frames of every second. least: clips with fewer frames are dropped. size: shorter side of
     the frames in pixels at most, 0 keeps it.
     """
-    if rate < 1:
-        raise ConfigError(f"option rate is {rate}; give samples per second, such as 35400")
-    if not per_second > 0:
-        raise ConfigError(f"option per_second is {per_second}; give more than 0")
-    if least < 1:
-        raise ConfigError(f"option least is {least}; give 1 or more")
+    check_reading(rate=rate, per_second=per_second, least=least)
     if database and (valid or (train, test) != ("my_train.txt", "my_test.txt")):
         raise ConfigError(f"option database is {database!r}; give it alone, or lists for train, valid and test")
     if not database and not (train and test):
         raise ConfigError(f"option train is {train!r} and test {test!r}; give a list for each, or a database")
     classes = card_classes(__file__)
-    splits: dict[str, list[_Listed]] = {}
+    splits: dict[str, list[ListedClip]] = {}
     notes: list[str] = []
     if database:
         splits = _database(raw, database, classes)
@@ -81,33 +68,23 @@ def listing(
                 notes += more
                 published = published and not kinetics
         expected = OGM if published and not valid else {}
-    there, more = clips_in(raw, videos)
+    rows, left, more = clip_rows(
+        raw,
+        splits,
+        videos,
+        lambda video, start: f"{video}_{start:06}_{start + SECONDS:06}.mp4",
+        seconds=float(SECONDS),
+        rate=rate,
+        per_second=per_second,
+        least=least,
+        size=size,
+    )
     notes += more
-    folder = f"{videos.rstrip('/')}/" if videos else ""
-
-    rows: list[RawRow] = []
-    left: list[Left] = []
-    for split, listed in splits.items():
-        seen: dict[Clip, _Listed] = {}
-        for one in listed:
-            video, start = one.clip
-            name = f"{video}_{start:06}"
-            first = seen.setdefault(one.clip, one)
-            if first is not one:
-                detail = f"clip {name} is {first.label} in {first.place}, and {one.label} here"
-                left.append(Left(f"{name}@{split}:{one.number}", split, DUPLICATE, detail))
-                continue
-            file = there.get(one.clip, f"{folder}{name}_{start + SECONDS:06}.mp4")
-            media: dict[str, Media] = {
-                "audio": Sound(file, rate, seconds=float(SECONDS)),
-                "frames": Video(file, per_second=per_second, seconds=float(SECONDS), least=least, size=size or None),
-            }
-            rows.append(RawRow(name, split, one.label, media, {"video_id": video, "start_s": start}))
     _, _, more = part_overlap(rows, "video_id")
     return Listing(rows, left, expected, notes + more, rows_per_part=128)
 
 
-def _database(raw: Raw, path: str, classes: tuple[str, ...]) -> dict[str, list[_Listed]]:
+def _database(raw: Raw, path: str, classes: tuple[str, ...]) -> dict[str, list[ListedClip]]:
     """Entries of `{"labels": [...], "database": {clip: {"subset": ..., "label": ...}}}`, by split."""
     where = storage.show(path)
     text = raw.text(path)
@@ -119,7 +96,7 @@ def _database(raw: Raw, path: str, classes: tuple[str, ...]) -> dict[str, list[_
             f"{where} is not a database of clips ({type(error).__name__}: {error}); there should be an object "
             '{"database": {clip: {"subset": "training", "label": "bowling"}}}'
         ) from None
-    found: dict[str, list[_Listed]] = {split: [] for split in SUBSETS.values()}
+    found: dict[str, list[ListedClip]] = {split: [] for split in SUBSETS.values()}
     for number, (key, subset, label) in enumerate(items, 1):
         clip = clip_named(key)
         if clip is None:
@@ -131,7 +108,7 @@ def _database(raw: Raw, path: str, classes: tuple[str, ...]) -> dict[str, list[_
                 f"{where}: entry {key}: unknown class {label!r:.80}{did_you_mean(str(label), classes)}; "
                 f"classes of the card: {', '.join(classes)}"
             )
-        found[SUBSETS[subset]].append(_Listed(clip, label, f"{where}, entry {number}", number))
+        found[SUBSETS[subset]].append(ListedClip(clip, label, f"{where}, entry {number}", number))
     for subset in ("training", "testing"):
         if not found[SUBSETS[subset]]:
             raise DataError(f"{where} has no clip of subset {subset}; give KS_train_val.json, which has all three")
@@ -146,7 +123,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _list(raw: Raw, path: str, classes: tuple[str, ...]) -> tuple[list[_Listed], bool, list[str]]:
+def _list(raw: Raw, path: str, classes: tuple[str, ...]) -> tuple[list[ListedClip], bool, list[str]]:
     """Rows, whether they are a list of Kinetics itself, and notes.
 
     Without a line of names: `clip,seconds,number of the class`. With one, which has youtube_id and label: a list of
@@ -163,7 +140,7 @@ def _list(raw: Raw, path: str, classes: tuple[str, ...]) -> tuple[list[_Listed],
     return found, True, [f"Clips of other classes in {storage.show(path)}: {others}."] if others else []
 
 
-def _of_ogm(line: Line, classes: tuple[str, ...]) -> _Listed:
+def _of_ogm(line: Line, classes: tuple[str, ...]) -> ListedClip:
     fields = comma_fields(line)
     if len(fields) != 3:
         raise line.wrong(f"{len(fields)} fields between commas; there should be clip, seconds and number of the class")
@@ -174,10 +151,10 @@ def _of_ogm(line: Line, classes: tuple[str, ...]) -> _Listed:
     number = whole_number(fields[2], "the number of the class", line)
     if number >= len(classes):
         raise line.wrong(f"the number of the class is {number}; it should be 0 to {len(classes) - 1}")
-    return _Listed(clip, classes[number], str(line), line.number)
+    return ListedClip(clip, classes[number], str(line), line.number)
 
 
-def _of_kinetics(content: list[Line], header: list[str], classes: tuple[str, ...]) -> Iterator[_Listed]:
+def _of_kinetics(content: list[Line], header: list[str], classes: tuple[str, ...]) -> Iterator[ListedClip]:
     for column in ("label", "time_start"):
         if column not in header:
             raise content[0].wrong(f"there is no column {column}")
@@ -190,4 +167,4 @@ def _of_kinetics(content: list[Line], header: list[str], classes: tuple[str, ...
         if label not in classes:
             continue
         clip = clip_at(row["youtube_id"], row["time_start"], line)
-        yield _Listed(clip, label, str(line), line.number)
+        yield ListedClip(clip, label, str(line), line.number)

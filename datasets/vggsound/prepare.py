@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from counterpoise.contracts import ConfigError
 from counterpoise.data.lists import (
     VIDEOS,
-    Clip,
-    Line,
+    ListedClip,
     card_classes,
+    check_reading,
     clip_at,
     clip_named,
-    clips_in,
+    clip_rows,
     comma_fields,
     known_class,
     lines,
     one_of,
     part_overlap,
 )
-from counterpoise.data.raw import DUPLICATE, Left, Listing, Media, Raw, RawRow, Sound, Video
+from counterpoise.data.raw import Listing, Raw
 
 # rows of test.csv, and of all 199176 that stat.csv counts those that are not in it
 EXPECTED = {"train": 183730, "test": 15446}
 SECONDS = 10.0  # of a clip
-
-
-@dataclass(frozen=True)
-class _Listed:
-    line: Line
-    clip: Clip
-    label: str
 
 
 def listing(
@@ -55,45 +46,33 @@ def listing(
     least: clips with fewer frames are dropped. size: shorter side of the frames in pixels at most, 0 keeps it.
     """
     one_of("overlap", overlap, ("keep", "drop"))
-    if rate < 1:
-        raise ConfigError(f"option rate is {rate}; give samples per second, such as 35400")
-    if not per_second > 0:
-        raise ConfigError(f"option per_second is {per_second}; give more than 0")
-    if least < 1:
-        raise ConfigError(f"option least is {least}; give 1 or more")
+    check_reading(rate=rate, per_second=per_second, least=least)
     classes = card_classes(__file__)
-    own = {"train": train, "test": test}
     both = {} if train and test else _by_split(raw, lists, classes)
-    there, notes = clips_in(raw, videos)
-    folder = f"{videos.rstrip('/')}/" if videos else ""
-
-    rows: list[RawRow] = []
-    left: list[Left] = []
-    for split, path in own.items():
-        seen: dict[Clip, _Listed] = {}
-        for listed in _of_one_split(raw, path, classes) if path else both[split]:
-            video, start = listed.clip
-            name = f"{video}_{start:06}"
-            first = seen.setdefault(listed.clip, listed)
-            if first is not listed:
-                detail = f"clip {name} is {first.label} in {first.line}, and {listed.label} here"
-                left.append(Left(f"{name}@{split}:{listed.line.number}", split, DUPLICATE, detail))
-                continue
-            file = there.get(listed.clip, f"{folder}{name}.mp4")
-            media: dict[str, Media] = {
-                "audio": Sound(file, rate, seconds=SECONDS),
-                "frames": Video(file, per_second=per_second, seconds=SECONDS, least=least, size=size or None),
-            }
-            rows.append(RawRow(name, split, listed.label, media, {"video_id": video, "start_s": start}))
+    splits = {
+        split: _of_one_split(raw, path, classes) if path else both[split]
+        for split, path in {"train": train, "test": test}.items()
+    }
+    rows, left, notes = clip_rows(
+        raw,
+        splits,
+        videos,
+        lambda video, start: f"{video}_{start:06}.mp4",
+        seconds=SECONDS,
+        rate=rate,
+        per_second=per_second,
+        least=least,
+        size=size,
+    )
     clear, shared, more = part_overlap(rows, "video_id")
     if overlap == "drop":
         rows, left = clear, left + shared
     return Listing(rows, left, EXPECTED, notes + more, rows_per_part=128)
 
 
-def _by_split(raw: Raw, path: str, classes: tuple[str, ...]) -> dict[str, list[_Listed]]:
+def _by_split(raw: Raw, path: str, classes: tuple[str, ...]) -> dict[str, list[ListedClip]]:
     """Rows of `YouTube id,start,label,split`."""
-    found: dict[str, list[_Listed]] = {"train": [], "test": []}
+    found: dict[str, list[ListedClip]] = {"train": [], "test": []}
     for line in lines(raw, path):
         fields = comma_fields(line)
         if len(fields) != 4:
@@ -102,11 +81,11 @@ def _by_split(raw: Raw, path: str, classes: tuple[str, ...]) -> dict[str, list[_
         clip = clip_at(video, start, line)
         if split not in found:
             raise line.wrong(f"the split is {split!r}; it should be train or test")
-        found[split].append(_Listed(line, clip, known_class(label, classes, line)))
+        found[split].append(ListedClip(clip, known_class(label, classes, line), str(line), line.number))
     return found
 
 
-def _of_one_split(raw: Raw, path: str, classes: tuple[str, ...]) -> Iterator[_Listed]:
+def _of_one_split(raw: Raw, path: str, classes: tuple[str, ...]) -> Iterator[ListedClip]:
     """Rows of `<id>_<start>.mp4,label`, with or without the ending, with or without zeros before the start."""
     for line in lines(raw, path):
         fields = comma_fields(line)
@@ -117,4 +96,4 @@ def _of_one_split(raw: Raw, path: str, classes: tuple[str, ...]) -> Iterator[_Li
         clip = clip_named(file.removesuffix(ending) if ending in VIDEOS else file)
         if clip is None:
             raise line.wrong(f"{file!r} is not a clip such as 6jiO0tPLK7U_000090.mp4")
-        yield _Listed(line, clip, known_class(label, classes, line))
+        yield ListedClip(clip, known_class(label, classes, line), str(line), line.number)

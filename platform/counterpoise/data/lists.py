@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from counterpoise import storage
 from counterpoise.contracts import ConfigError, DataError
 from counterpoise.data.card import CARD, load_card
-from counterpoise.data.raw import Left, Raw, RawRow
+from counterpoise.data.raw import DUPLICATE, Left, Media, Raw, RawRow, Sound, Video
 from counterpoise.wording import did_you_mean
 
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -92,6 +92,16 @@ def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
+def check_reading(*, rate: int | None = None, per_second: float | None = None, least: int | None = None) -> None:
+    """Raise if an option says something impossible: samples per second, frames per second, frames of a clip."""
+    if rate is not None and rate < 1:
+        raise ConfigError(f"option rate is {rate}; give samples per second, such as 22050")
+    if per_second is not None and not per_second > 0:
+        raise ConfigError(f"option per_second is {per_second}; give more than 0")
+    if least is not None and least < 1:
+        raise ConfigError(f"option least is {least}; give 1 or more")
+
+
 def files_in(raw: Raw, folder: str, endings: Iterable[str] = PICTURES) -> dict[str, list[str]]:
     """Sorted paths of the files in every folder at or below `folder`, by the folder that holds them."""
     start = "" if PurePosixPath(folder) == PurePosixPath(".") else f"{PurePosixPath(folder)}/"
@@ -112,11 +122,25 @@ def clip_named(name: str) -> Clip | None:
     return (match[1], int(match[2])) if match else None
 
 
+def video_id(text: str, line: Line) -> str:
+    if not re.fullmatch(_VIDEO_ID, text):
+        raise line.wrong(f"video id {text!r}; a YouTube id has 11 letters, digits, - and _")
+    return text
+
+
 def clip_at(video: str, start: str, line: Line) -> Clip:
     """The clip of a YouTube id and a start that stand in fields of their own."""
-    if not re.fullmatch(_VIDEO_ID, video):
-        raise line.wrong(f"video id {video!r}; a YouTube id has 11 letters, digits, - and _")
-    return video, whole_number(start, "the start", line)
+    return video_id(video, line), whole_number(start, "the start", line)
+
+
+@dataclass(frozen=True)
+class ListedClip:
+    """A row of a list of clips. place: for messages. number: line or entry, from 1."""
+
+    clip: Clip
+    label: str
+    place: str
+    number: int
 
 
 def clips_in(raw: Raw, folder: str) -> tuple[dict[Clip, str], list[str]]:
@@ -132,6 +156,46 @@ def clips_in(raw: Raw, folder: str) -> tuple[dict[Clip, str], list[str]]:
     again = sum(len(paths) > 1 for paths in found.values())
     notes = [f"Clips with several video files: {again}; the largest of each is read."] if again else []
     return {clip: min(paths, key=lambda path: (-raw.files[path], path)) for clip, paths in found.items()}, notes
+
+
+def clip_rows(
+    raw: Raw,
+    splits: Mapping[str, Iterable[ListedClip]],
+    videos: str,
+    usual_name: Callable[[str, int], str],
+    *,
+    seconds: float,
+    rate: int,
+    per_second: float,
+    least: int,
+    size: int,
+) -> tuple[list[RawRow], list[Left], list[str]]:
+    """Rows with the sound and the frames of listed clips, those that a split lists again, and notes.
+
+    videos: folder at or below which the clips are. usual_name: the file of (id, start) where none is there, for the
+    ledger. The others as in `Sound` and `Video`; size 0 keeps the frames as they are.
+    """
+    there, notes = clips_in(raw, videos)
+    folder = f"{videos.rstrip('/')}/" if videos else ""
+    rows: list[RawRow] = []
+    left: list[Left] = []
+    for split, listed in splits.items():
+        seen: dict[Clip, ListedClip] = {}
+        for one in listed:
+            video, start = one.clip
+            name = f"{video}_{start:06}"
+            first = seen.setdefault(one.clip, one)
+            if first is not one:
+                detail = f"clip {name} is {first.label} in {first.place}, and {one.label} here"
+                left.append(Left(f"{name}@{split}:{one.number}", split, DUPLICATE, detail))
+                continue
+            file = there.get(one.clip, folder + usual_name(video, start))
+            media: dict[str, Media] = {
+                "audio": Sound(file, rate, seconds=seconds),
+                "frames": Video(file, per_second=per_second, seconds=seconds, least=least, size=size or None),
+            }
+            rows.append(RawRow(name, split, one.label, media, {"video_id": video, "start_s": start}))
+    return rows, left, notes
 
 
 def part_overlap(rows: Iterable[RawRow], column: str) -> tuple[list[RawRow], list[Left], list[str]]:
