@@ -34,6 +34,14 @@ Runs = Annotated[
     str, typer.Option("--runs", help="Folder or s3:// prefix that holds runs.", envvar="COUNTERPOISE_RUNS")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Engine = Annotated[str, typer.Option(help="local: this process; ray: Ray Train and Ray Data.")]
+Workers = Annotated[int, typer.Option(min=1, help="Workers that share every batch.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="torch threads per worker.", show_default="cores / workers")]
+CheckpointEvery = Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Longest time between checkpoints.")]
+Address = Annotated[
+    str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use.", show_default="start one here")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and torch say, and tracebacks.")]
 Sets = Annotated[
     list[str] | None,
@@ -61,12 +69,10 @@ def train(
         str | None, typer.Argument(help="Experiment file (YAML). Left out with --resume: the run's own.")
     ] = None,
     sets: Sets = None,
-    engine: Annotated[str, typer.Option(help="local: this process; ray: Ray Train and Ray Data.")] = "local",
-    workers: Annotated[int, typer.Option(min=1, help="Workers that share every batch.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="torch threads per worker.", show_default="cores / workers")
-    ] = None,
+    engine: Engine = "local",
+    workers: Workers = 1,
+    device: Device = "auto",
+    threads: Threads = None,
     runs: Runs = "runs",
     name: Annotated[str | None, typer.Option(help="Name of the run.", show_default="corpus-method-seed-time")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run --name from its last checkpoint.")] = False,
@@ -74,12 +80,8 @@ def train(
         list[str] | None,
         typer.Option(metavar="KEY", help="With --resume: a value that may differ from before. Repeatable."),
     ] = None,
-    checkpoint_every: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="Longest time between checkpoints.")
-    ] = 60,
-    address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use.", show_default="start one here")
-    ] = None,
+    checkpoint_every: CheckpointEvery = 60,
+    address: Address = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check config, data and resources; print what would run.")
     ] = False,
@@ -161,12 +163,10 @@ def compare(
         int | None, typer.Option(min=1, help="Seeds that choose.", show_default="1, or as before")
     ] = None,
     sets: Sets = None,
-    engine: Annotated[str, typer.Option(help="local: this process; ray: Ray Train and Ray Data.")] = "local",
-    workers: Annotated[int, typer.Option(min=1, help="Workers that share every batch.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="torch threads per worker.", show_default="cores / workers")
-    ] = None,
+    engine: Engine = "local",
+    workers: Workers = 1,
+    device: Device = "auto",
+    threads: Threads = None,
     runs: Runs = "runs",
     name: Annotated[
         str | None, typer.Option(help="Name of the comparison.", show_default="corpus-compare-time")
@@ -174,12 +174,8 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the comparison --name; more --seeds or --methods extend it.")
     ] = False,
-    checkpoint_every: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="Longest time between checkpoints.")
-    ] = 60,
-    address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use.", show_default="start one here")
-    ] = None,
+    checkpoint_every: CheckpointEvery = 60,
+    address: Address = None,
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="HTML file to write.", show_default="report.html in the folder")
     ] = None,
@@ -238,7 +234,7 @@ def evaluate(
     run: Annotated[str, typer.Argument(help="Run folder.")],
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     corpus: Annotated[str | None, typer.Option(help="Another corpus with the same modalities and classes.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     probe: Annotated[
         bool, typer.Option("--probe", help="Also fit a linear probe to every frozen encoder: compares between methods.")
     ] = False,
@@ -353,9 +349,7 @@ def corpora_prepare(
     engine: Annotated[
         str, typer.Option(help="local: processes of this machine; ray: tasks of a Ray cluster.")
     ] = "local",
-    address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use.", show_default="start one here")
-    ] = None,
+    address: Address = None,
     again: Annotated[
         bool, typer.Option("--again", help="Look at the download of a finished corpus again; redo what has changed.")
     ] = False,
@@ -443,7 +437,7 @@ def bench_step(
     ] = None,
     rounds: Annotated[int, typer.Option(min=3)] = 20,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Time of AUG's step as a ratio to forward and backward of the encoders alone, alternating in one process."""
