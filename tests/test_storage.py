@@ -76,8 +76,7 @@ def test_places_are_shown_without_passwords():
     assert storage.show("s3://bucket/a@b") == "s3://bucket/a@b"
 
 
-# ---------------------------------------------------------------------------------------------------- S3 that
-# works
+# ------------------------------------------------------------------------------------------ S3 that works
 
 
 def use_server(monkeypatch, endpoint: str) -> None:
@@ -196,8 +195,7 @@ def test_runs_in_object_storage(bucket):
     assert [r.name for r in list_runs(f"{bucket}/runs")] == ["a"]
 
 
-# ---------------------------------------------------------------------------------------------------- S3 that
-# fails
+# ------------------------------------------------------------------------------------------ S3 that fails
 
 
 @contextlib.contextmanager

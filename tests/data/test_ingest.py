@@ -28,7 +28,6 @@ from counterpoise.data.recipes import prepare
 from . import crema
 from .media_files import tone, write_wav
 
-pytestmark = pytest.mark.xdist_group("ingest")  # one process makes the corpus that many tests look at
 CLIPS = crema.clip_names()
 TEST = [c for c in CLIPS if c[:4] in ("1011", "1012")]
 TRAIN = [c for c in CLIPS if c not in TEST]

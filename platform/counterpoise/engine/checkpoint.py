@@ -259,8 +259,7 @@ def _disk_full(path: str, needed: int) -> ResourceError:
     return storage.disk_error(path, OSError(errno.ENOSPC, "no space left on device"), needed)
 
 
-# ---------------------------------------------------------------------------------------------------- names,
-# old ones
+# ---------------------------------------------------------------------------------------- names, old ones
 
 
 def _order(name: str) -> tuple[int, int, str]:
@@ -316,8 +315,7 @@ def _is_intact(uri: str) -> bool:
     return True
 
 
-# ----------------------------------------------------------------------------------------------------
-# verifying
+# ---------------------------------------------------------------------------------------------- verifying
 
 
 def _manifest(hashes: Mapping[str, str]) -> bytes:

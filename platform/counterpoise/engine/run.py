@@ -1,12 +1,15 @@
 """Run folders: everything one run leaves behind, on local disk or in object storage.
 
-    <root>/<name>/experiment.yaml     the experiment as it was resolved
-                  provenance.json     commit, versions, hardware run.json            the manifest: name, time
-                  of creation and what the caller adds records.jsonl       one record per line: the truth that
-                  tables, pictures and gauges are drawn from ledger.jsonl        rows that could not be read
-                  status.json         where the run stands now; replaced often checkpoints/ best/  see
-                  `checkpoint.py` predictions.parquet, summary.json, ... lock, stop          who writes here;
-                  a request to stop SHA256SUMS          of a finished run, for `verify`
+    <root>/<name>/experiment.yaml      the experiment as it was resolved
+                  provenance.json      where each value of it came from
+                  run.json             the manifest: name, time, command, commit, versions, ...
+                  records.jsonl        one record per line: the truth that tables, pictures and gauges are drawn from
+                  ledger.jsonl         rows that could not be read
+                  status.json          where the run stands now; replaced often
+                  checkpoints/, best/  see `checkpoint.py`
+                  summary.json, predictions.parquet, ...
+                  lock, stop           who writes here; a request to stop
+                  SHA256SUMS           of a finished run, for `verify`
 
 Only a process that holds the lock writes records. Readers need no lock: files are replaced whole, and a last
 line of records.jsonl that is still being written is left out. This module imports neither torch nor pyarrow.
@@ -87,8 +90,7 @@ class RunFolder:
         """The place of a file or folder of the run."""
         return storage.join(self.uri, *parts)
 
-    # ------------------------------------------------------------------------------------------ create and
-    # open
+    # ------------------------------------------------------------------------------------ create and open
 
     @classmethod
     def create(
@@ -395,8 +397,7 @@ class RunFolder:
             return False
         return True
 
-    # ------------------------------------------------------------------------------------------------ other
-    # files
+    # ---------------------------------------------------------------------------------------- other files
 
     def write_json(self, name: str, value: Any) -> None:
         storage.write_text(self.at(name), _pretty(value))
@@ -615,8 +616,7 @@ class JsonLines:
         self._dirty = False
 
 
-# --------------------------------------------------------------------------------------------------------
-# secrets
+# ------------------------------------------------------------------------------------------------ secrets
 
 _SECRET_KEY = re.compile(
     r"secret|token(?!iz)|passw|passphrase|credential|api_?key|access_?key|private_?key|key_?id|authorization|cookie",
@@ -669,8 +669,7 @@ def _line_with_secret(text: str) -> int:
     return next((i for i, line in enumerate(text.splitlines(), 1) if _redacted_text(line) != line), 0)
 
 
-# --------------------------------------------------------------------------------------------------------
-# helpers
+# ------------------------------------------------------------------------------------------------ helpers
 
 
 def _clock() -> float:
