@@ -1,3 +1,5 @@
+import zlib
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -80,12 +82,96 @@ def test_options_take_names_or_mappings_and_refuse_the_rest():
 def test_ops_are_held_to_the_kinds_they_are_for():
     text = cards.TextModality(kind="text", column="t")
     audio = cards.AudioModality(kind="audio", column="a")
-    with pytest.raises(ConfigError, match="which is for image, frames; audio can take: noise, time_shift, mask"):
+    with pytest.raises(
+        ConfigError, match="which is for image, frames; audio is audio, which can take: noise, time_shift, mask"
+    ):
         transforms.check_augment({"audio": (ops.Flip(),)}, {"audio": audio})
-    with pytest.raises(ConfigError, match="text can take: none"):
+    with pytest.raises(ConfigError, match="text is text, which can take: none"):
         transforms.check_augment({"text": (ops.Noise(),)}, {"text": text})
     with pytest.raises(ConfigError, match=r"data\.augment has 'adio', did you mean 'audio'"):
         transforms.check_augment({"adio": ()}, {"audio": audio})
+
+
+def frames(name, channels=3, size=(6, 5)):
+    settings = cards.FramesPreprocess(size=size, channels=channels, num_frames=2)
+    return cards.FramesModality(kind="frames", column=name, preprocess=settings)
+
+
+def test_a_modality_alone_has_the_numbers_it_always_had():
+    frames = np.arange(2 * 3 * 6 * 5, dtype=np.uint8).reshape(1, 2, 3, 6, 5)
+    wanted = (ops.ResizedCrop(), ops.Flip(), ops.Shift(pixels=1))
+    out = transforms.augmented({"rgb": np.repeat(frames, 2, 0)}, {"rgb": wanted}, 3, 2, ["a", "b"])["rgb"]
+    assert out[0, 0, 0, :3].tolist() == [[0, 4, 3, 2, 1], [0, 7, 6, 5, 4], [0, 10, 9, 8, 7]]
+    assert out[1, 1, 2, :2].tolist() == [[0, 0, 0, 0, 0], [156, 157, 158, 159, 0]]
+    assert zlib.crc32(out.tobytes()) == 3248057261
+
+
+@pytest.mark.parametrize("op", [ops.Flip(), ops.Shift(pixels=2), ops.ResizedCrop()], ids=lambda op: op.name)
+def test_streams_of_one_scene_are_changed_alike(op):
+    rgb = np.random.default_rng(0).integers(0, 255, (8, 2, 3, 12, 10), dtype=np.uint8)
+    arrays = {"rgb": rgb, "depth": rgb[:, :, :1].copy()}
+    ids = [f"clip{i}" for i in range(8)]
+    both = transforms.augmented(arrays, {"rgb+depth": (op,)}, 0, 1, ids)
+    assert np.array_equal(both["depth"], both["rgb"][:, :, :1])
+    assert any(not np.array_equal(both["rgb"][i], rgb[i]) for i in range(8))
+    swapped = transforms.augmented(arrays, {"depth+rgb": (op,)}, 0, 1, ids)
+    assert all(np.array_equal(both[n], swapped[n]) for n in both)
+    apart = transforms.augmented(arrays, {"rgb": (op,), "depth": (op,)}, 0, 1, ids)
+    assert not np.array_equal(apart["depth"], apart["rgb"][:, :, :1])
+
+
+def test_streams_move_together_first_and_are_then_changed_each_for_itself():
+    rgb = np.random.default_rng(0).integers(50, 200, (4, 2, 3, 12, 10), dtype=np.uint8)
+    arrays, ids = {"rgb": rgb, "depth": rgb[:, :, :1].copy()}, list("abcd")
+    augment = {"rgb": (ops.Noise(),), "rgb+depth": (ops.ResizedCrop(), ops.Flip())}
+    both = transforms.augmented(arrays, augment, 0, 1, ids)
+    moved = transforms.augmented(arrays, {"rgb+depth": augment["rgb+depth"]}, 0, 1, ids)
+    assert np.array_equal(both["depth"], moved["depth"])
+    noisy = transforms.augmented(moved, {"rgb": (ops.Noise(),)}, 0, 1, ids)
+    assert np.array_equal(both["rgb"], noisy["rgb"]) and not np.array_equal(both["rgb"], moved["rgb"])
+
+
+def test_a_mirrored_flow_moves_the_other_way():
+    u = np.array([[128, 148, 100], [0, 1, 255]], np.uint8)
+    v = np.array([[10, 20, 30], [40, 50, 60]], np.uint8)
+    mirrored = transforms.flip(np.stack([u, v]), ops.Flip(probability=1), generator(0))
+    assert mirrored.dtype == np.uint8
+    assert mirrored[0].tolist() == [[156, 108, 128], [1, 255, 255]]
+    assert mirrored[1].tolist() == [[30, 20, 10], [60, 50, 40]]
+    frames = np.random.default_rng(0).integers(1, 256, (3, 2, 4, 5), dtype=np.uint8)
+    once = transforms.flip(frames, ops.Flip(probability=1), generator(0))
+    assert not np.array_equal(once[:, 0], frames[:, 0, :, ::-1])
+    assert np.array_equal(transforms.flip(once, ops.Flip(probability=1), generator(0)), frames)
+    assert transforms.flip(frames, ops.Flip(probability=0), generator(0)) is frames
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        (
+            {"rgb+flw": ["flip"]},
+            r"has 'rgb\+flw', with 'flw', did you mean 'flow'.*modalities: rgb, flow, depth, audio",
+        ),
+        ({"rgb+flow": ["flip"], "flow+depth": ["shift"]}, r"flow is in 'rgb\+flow' and in 'flow\+depth'"),
+        ({"rgb+flow": ["flip"], "flow+rgb": ["flip"]}, r"flow is in 'rgb\+flow' and in 'flow\+rgb'"),
+        ({"rgb+rgb": ["flip"]}, r"has 'rgb\+rgb', with rgb twice"),
+        ({"rgb+": ["flip"]}, r"has 'rgb\+', with ''"),
+        ({"rgb+flow": ["flip", "noise"]}, r"'noise', which changes each .* give 'noise' under rgb and under flow"),
+        ({"rgb+audio": ["flip"]}, r"rgb\+audio has 'flip', which is for image, frames; audio is audio"),
+        ({"rgb+depth": ["resized_crop"]}, r"need one size, not rgb 6 x 5, depth 12 x 10; change preprocess.size"),
+    ],
+)
+def test_streams_that_do_not_move_together_are_refused(augment, message):
+    modalities = {
+        "rgb": frames("rgb"),
+        "flow": frames("flow", 2),
+        "depth": frames("depth", 1, (12, 10)),
+        "audio": cards.AudioModality(kind="audio", column="a"),
+    }
+    augment = ops.DataOptions.model_validate({"augment": augment}).augment
+    with pytest.raises(ConfigError, match=message):
+        transforms.check_augment(augment, modalities)
+    transforms.check_augment({"flow+rgb": (ops.Flip(),), "rgb": (ops.Noise(),)}, modalities)
 
 
 def test_pixels_are_normalised_when_the_batch_is_made():

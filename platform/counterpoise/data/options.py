@@ -12,7 +12,7 @@ class _Op(BaseModel):
 
 
 class Flip(_Op):
-    """Mirror left and right. image, frames."""
+    """Mirror left and right; of optical flow (two channels) u changes its sign. image, frames."""
 
     name: Literal["flip"] = "flip"
     probability: float = Field(default=0.5, ge=0, le=1, description="chance that a sample is mirrored")
@@ -101,5 +101,6 @@ class DataOptions(BaseModel):
         description="largest fraction of a split that may be undecodable; 0: none, else at least one",
     )
     augment: dict[str, tuple[Op, ...]] = Field(
-        default_factory=dict, description="per modality, changes made to training samples, in order"
+        default_factory=dict,
+        description="per modality, changes made to training samples, in order; `rgb+flow` changes both alike",
     )

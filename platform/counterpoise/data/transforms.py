@@ -17,10 +17,20 @@ if TYPE_CHECKING:
     from counterpoise.contracts import Batch
 
 Array = np.ndarray
+FLOW_CHANNELS, NO_FLOW = 2, 128  # pictures of two channels are u and v of optical flow, with 128 for none
 
 
 def flip(array: Array, op: ops.Flip, rng: np.random.Generator) -> Array:
-    return array[..., ::-1] if rng.random() < op.probability else array
+    """Mirrored left and right with the op's probability. Two channels are optical flow: what moved right moves left."""
+    if rng.random() >= op.probability:
+        return array
+    mirrored = array[..., ::-1]
+    if array.shape[-3] != FLOW_CHANNELS:
+        return mirrored
+    mirrored = mirrored.copy()
+    u = mirrored[..., 0, :, :].astype(np.int16)
+    mirrored[..., 0, :, :] = np.clip(2 * NO_FLOW - u, 0, 255)  # 0, which is -128 or less, becomes 255
+    return mirrored
 
 
 def shift(array: Array, op: ops.Shift, rng: np.random.Generator) -> Array:
@@ -82,7 +92,8 @@ def dropout(array: Array, op: ops.Dropout, rng: np.random.Generator) -> Array:
     return np.where(rng.random(array.shape) < op.probability, np.float32(0), array)
 
 
-# what each op is applied with, and the kinds of modality it makes sense for
+# What each op is applied with, and the kinds of modality it makes sense for. All but the first three change each
+# modality for itself: noise on one stream has nothing to do with noise on another.
 OPS: dict[str, tuple[Callable[..., Array], tuple[str, ...]]] = {
     "flip": (flip, ("image", "frames")),
     "shift": (shift, ("image", "frames")),
@@ -92,23 +103,62 @@ OPS: dict[str, tuple[Callable[..., Array], tuple[str, ...]]] = {
     "mask": (mask, ("audio",)),
     "dropout": (dropout, ("vector", "series")),
 }
+TOGETHER = ("flip", "shift", "resized_crop")
 
 
 def check_augment(augment: Mapping[str, Sequence[Any]], modalities: Mapping[str, AnyModality]) -> None:
-    """Raise if an op is asked of a modality that is not there or is of another kind."""
-    for name, wanted in augment.items():
-        if name not in modalities:
+    """Raise if an op is asked of a modality that is not there or is of another kind, or of several that do not fit.
+
+    Keys are names of modalities, or several joined by `+` that are changed alike.
+    """
+    group_of: dict[str, str] = {}
+    for key, wanted in augment.items():
+        names = key.split("+")
+        for name in names:
+            if name not in modalities:
+                place = f"data.augment has '{key}', with '{name}'" if len(names) > 1 else f"data.augment has '{name}'"
+                raise ConfigError(f"{place}{did_you_mean(name, modalities)}; modalities: {', '.join(modalities)}")
+            kind = modalities[name].kind
+            for op in wanted:
+                if kind not in OPS[op.name][1]:
+                    possible = [n for n, (_, kinds) in OPS.items() if kind in kinds]
+                    raise ConfigError(
+                        f"data.augment.{key} has '{op.name}', which is for {', '.join(OPS[op.name][1])}; "
+                        f"{name} is {kind}, which can take: {', '.join(possible) or 'none'}"
+                    )
+        if len(names) > 1:
+            _check_together(key, names, wanted, modalities, group_of)
+
+
+def _check_together(
+    key: str,
+    names: Sequence[str],
+    wanted: Sequence[Any],
+    modalities: Mapping[str, AnyModality],
+    group_of: dict[str, str],
+) -> None:
+    for name in names:
+        before = group_of.setdefault(name, key)
+        if before != key or names.count(name) > 1:
             raise ConfigError(
-                f"data.augment has '{name}'{did_you_mean(name, modalities)}; modalities: {', '.join(modalities)}"
+                f"data.augment: {name} is in '{before}' and in '{key}'; a modality moves together with one group"
+                if before != key
+                else f"data.augment has '{key}', with {name} twice"
             )
-        kind = modalities[name].kind
-        for op in wanted:
-            if kind not in OPS[op.name][1]:
-                possible = [n for n, (_, kinds) in OPS.items() if kind in kinds]
-                raise ConfigError(
-                    f"data.augment.{name} has '{op.name}', which is for {', '.join(OPS[op.name][1])}; "
-                    f"{kind} can take: {', '.join(possible) or 'none'}"
-                )
+    for op in wanted:
+        if op.name not in TOGETHER:
+            raise ConfigError(
+                f"data.augment.{key} has '{op.name}', which changes each modality for itself; several together can "
+                f"take: {', '.join(TOGETHER)}; give '{op.name}' under {' and under '.join(names)}"
+            )
+    if wanted:
+        sizes = {name: modalities[name].preprocess.size for name in names}  # type: ignore[union-attr]
+        if len(set(sizes.values())) > 1:
+            said = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())
+            raise ConfigError(
+                f"data.augment.{key}: pictures that are cut alike need one size, not {said}; change preprocess.size of "
+                "the card"
+            )
 
 
 def augmented(
@@ -118,19 +168,23 @@ def augmented(
     epoch: int,
     sample_ids: Sequence[str],
 ) -> dict[str, Array]:
-    """Compact arrays [B, ...] with every sample changed by a generator of (seed, epoch, sample id, modality)."""
+    """Compact arrays [B, ...] with every sample changed by a generator of (seed, epoch, sample id, modality).
+
+    Modalities with a common key draw the same numbers, in whatever order it names them. They are changed together
+    first, and then by what is asked of each alone.
+    """
     result = dict(arrays)
-    for name, wanted in augment.items():
-        if not wanted:
-            continue
-        changed = np.empty_like(arrays[name])
-        for i, sample_id in enumerate(sample_ids):
-            rng = generator("augment", seed, epoch, sample_id, name)
-            sample = arrays[name][i]
-            for op in wanted:
-                sample = OPS[op.name][0](sample, op, rng)
-            changed[i] = sample
-        result[name] = changed
+    for key, wanted in sorted(augment.items(), key=lambda item: "+" not in item[0]):
+        names = key.split("+")
+        for name in names if wanted else ():
+            changed = np.empty_like(result[name])
+            for i, sample_id in enumerate(sample_ids):
+                rng = generator("augment", seed, epoch, sample_id, "+".join(sorted(names)))
+                sample = result[name][i]
+                for op in wanted:
+                    sample = OPS[op.name][0](sample, op, rng)
+                changed[i] = sample
+            result[name] = changed
     return result
 
 
