@@ -120,6 +120,28 @@ def test_spectrograms_are_those_of_torch():
     assert np.allclose(np.exp(found[0]), expected.abs().numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mel", [None, 40])
+def test_spectrograms_are_those_of_plain_double_precision(mel):
+    settings = cards.AudioPreprocess(mel=mel, mean=-4.0, std=2.5)
+    wave = (0.1 * RNG.standard_normal(settings.num_samples)).astype(np.float32)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(512) / 512)
+    padded = np.pad(wave.astype(np.float64), 256, mode="reflect")
+    expected = np.abs([np.fft.rfft(window * padded[i : i + 512]) for i in range(0, len(wave) + 1, 353)]).T
+    if mel:
+        expected = mel_filters(257, mel, settings.sample_rate).astype(np.float64) @ expected
+    found = spectrogram(wave, settings)
+    assert np.allclose(np.exp(found[0].astype(np.float64) * 2.5 - 4.0), expected + 1e-7, rtol=1e-5, atol=3e-6)
+    assert found.flags["C_CONTIGUOUS"]
+
+
+def test_a_spectrogram_does_not_depend_on_what_else_is_transformed():
+    settings = cards.AudioPreprocess(seconds=4)
+    wave = (0.1 * RNG.standard_normal(settings.num_samples)).astype(np.float32)
+    whole = spectrogram(wave, settings)
+    later = spectrogram(wave[353 * 100 :], settings)
+    assert np.array_equal(later[..., 1:-1], whole[..., 101:-1])  # the first and the last frame reflect other ends
+
+
 def test_short_clips_are_repeated_or_padded():
     half = wav_bytes(WAVE[:800])
     repeated = wav_bytes(np.tile(WAVE[:800], 2))
