@@ -37,14 +37,13 @@ def listing(
     flow: str = "stored",
     flow_folder: str = "tvl1_flow",
     per_second: float = 1.0,
-    flow_frames: int = 10,
     size: int = 256,
 ) -> Listing:
     """split: 1, 2 or 3. lists: folder of classInd.txt and the lists. train, test: lists other than those of `split`.
 
     rgb: pictures out of the `video`s, or `pictures` stored below rgb_folder. flow: pictures `stored` below
-    flow_folder in u and v, or `computed` from the first flow_frames + 1 frames of the videos. per_second: pictures,
-    and stored fields of flow, of every second. size: shorter side in pixels at most, 0 keeps it.
+    flow_folder in u and v, or `computed` from frames of the videos, each with the one after it. per_second: pictures
+    and fields of flow of every second. size: shorter side in pixels at most, 0 keeps it.
     """
     one_of("rgb", rgb, ("video", "pictures"))
     one_of("flow", flow, ("stored", "computed"))
@@ -52,8 +51,6 @@ def listing(
         raise ConfigError(f"option split is {split!r}; give 1, 2 or 3")
     if not 0 < per_second <= FRAME_RATE:
         raise ConfigError(f"option per_second is {per_second}; give more than 0 and at most {FRAME_RATE}")
-    if flow_frames < 1:
-        raise ConfigError(f"option flow_frames is {flow_frames}; give 1 or more")
     classes = card_classes(__file__)
     numbers = _class_numbers(raw, f"{lists}/classInd.txt", classes)
     places = {"train": train or f"{lists}/trainlist{split:02}.txt", "test": test or f"{lists}/testlist{split:02}.txt"}
@@ -86,7 +83,7 @@ def listing(
                     us, vs = zip(*pairs[::step], strict=True)
                     media["flow"] = Flow(us, vs, size=small)
                 else:
-                    media["flow"] = Flow(video=Video(video, first_frame=0, end_frame=flow_frames + 1), size=small)
+                    media["flow"] = Flow(video=Video(video, per_second=per_second, size=small))
             except _Absent as error:
                 left.append(Left(clip, name, MISSING, str(error)))
                 continue

@@ -97,16 +97,69 @@ def test_pictures_that_need_no_change_keep_their_bytes(tmp_path):
     assert Image.open(io.BytesIO(small)).size == (20, 15) and Image.open(io.BytesIO(small)).mode == "L"
 
 
+def fields_of(maps, bound=20):
+    """Displacements in pixels, [2, H, W] each."""
+    arrays = [np.asarray(Image.open(io.BytesIO(data))).astype(float).transpose(2, 0, 1) for data in maps]
+    assert all((array[2] == 128).all() for array in arrays)
+    return [(array[:2] - 128) * bound / 127 for array in arrays]
+
+
 def test_flow_of_a_moving_texture_is_its_movement(tmp_path):
     write_video(tmp_path / "m.avi", moving(5), 10)
-    maps = value(tmp_path, Flow(video=Video("m.avi"), bound=20))
+    maps = fields_of(value(tmp_path, Flow(video=Video("m.avi"), bound=20)))
     assert len(maps) == 4
-    for data in maps:
-        u, v, constant = np.asarray(Image.open(io.BytesIO(data))).astype(float).transpose(2, 0, 1)
-        assert np.median((u - 128) * 20 / 127) == pytest.approx(2, abs=0.3)
-        assert np.median((v - 128) * 20 / 127) == pytest.approx(0, abs=0.3)
-        assert (constant == 128).all()
+    for u, v in maps:
+        assert np.median(u) == pytest.approx(2, abs=0.3)
+        assert np.median(v) == pytest.approx(0, abs=0.3)
     assert quantised(np.array([0.0, 20, -20, 99, -99]), 20).tolist() == [128, 255, 1, 255, 0]
+
+
+def moving_square(count, right, down, side=40, height=120, width=160):
+    """A square with a texture that moves over a still one, from (30, 60) on."""
+    texture = moving(1, height, width)[0]
+    square = 255 - moving(1, side, side)[0]
+    frames = []
+    for i in range(count):
+        frame = texture.copy()
+        top, left = 30 + i * down, 60 + i * right
+        frame[top : top + side, left : left + side] = square
+        frames.append(frame)
+    return frames
+
+
+@pytest.mark.parametrize(("right", "down"), [(3, 1), (-2, 0)])
+def test_flow_is_the_movement_to_the_next_frame_however_far_apart_frames_are_chosen(tmp_path, right, down):
+    write_video(tmp_path / "s.mp4", moving_square(15, right, down), 5)
+    fields = fields_of(value(tmp_path, Flow(video=Video("s.mp4", per_second=1))))
+    pictures = value(tmp_path, Video("s.mp4", per_second=1))
+    assert len(fields) == len(pictures) == 3, "a field for each picture: frames 0, 5 and 10"
+    for number, field in zip((0, 5, 10), fields, strict=True):
+        top, left = 30 + number * down, 60 + number * right
+        inside = field[:, top + 8 : top + 32, left + 8 : left + 32]
+        assert np.median(inside[0]) == pytest.approx(right, abs=0.3)
+        assert np.median(inside[1]) == pytest.approx(down, abs=0.3)
+        assert np.abs(np.median(field[:, 90:], axis=(1, 2))).max() < 0.2, "below the square all is still"
+
+
+def test_every_frame_of_a_window_has_its_flow_but_the_last_of_the_video(tmp_path):
+    write_video(tmp_path / "s.mp4", moving_square(8, 3, 0), 5)
+
+    def count(first, end):
+        return len(value(tmp_path, Flow(video=Video("s.mp4", first_frame=first, end_frame=end))))
+
+    assert count(2, 5) == 3
+    assert count(5, 8) == 2
+    assert reason(tmp_path, Flow(video=Video("s.mp4", first_frame=7, end_frame=8))) == (
+        raw.TOO_SHORT,
+        "x: s.mp4: no chosen frame has a frame after it, so nothing moves",
+    )
+
+
+def test_flow_of_smaller_pictures_is_in_their_pixels(tmp_path):
+    write_video(tmp_path / "s.mp4", moving_square(3, 4, 0, side=60), 5)
+    field = fields_of(value(tmp_path, Flow(video=Video("s.mp4"), size=60, bound=10)), bound=10)[0]
+    assert field.shape == (2, 60, 80)
+    assert np.median(field[0, 20:40, 35:55]) == pytest.approx(2, abs=0.3)
 
 
 def test_stored_flow_is_put_together_from_u_and_v(tmp_path):
@@ -209,7 +262,9 @@ def test_the_manifest_tells_what_all_rows_have_in_common():
     rows = [{"a": Sound(f"{i}.wav", 8000, start_s=i), "v": Flow(video=Video("x.avi", size=64))} for i in range(2)]
     told = described(rows)
     assert told["a"]["rate"] == 8000 and "start_s" not in told["a"] and "path" not in told["a"]
-    assert "DIS" in told["v"]["method"] and told["v"]["video"]["size"] == 64
+    assert told["v"]["method"] == ("DIS, preset medium (OpenCV), from each chosen frame to the next frame of the video")
+    assert told["v"]["bound"] == 20 and "127 / bound" in told["v"]["quantisation"]
+    assert told["v"]["video"]["size"] == 64
 
 
 @pytest.mark.s3

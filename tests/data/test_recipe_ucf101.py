@@ -98,11 +98,11 @@ def test_pictures_may_be_taken_from_storage_and_more_often(tmp_path):
     assert row.media["rgb"].size is None
 
 
-def test_flow_can_be_computed_from_the_beginning_of_the_videos(tmp_path):
+def test_flow_can_be_computed_of_the_frames_that_are_taken_as_pictures(tmp_path):
     raw = raw_of(tmp_path, media=tuple(m for m in MEDIA if m.endswith(".avi")))
-    listing = recipe("ucf101").listing(raw, flow="computed", flow_frames=4)
+    listing = recipe("ucf101").listing(raw, flow="computed")
     flow = listing.rows[0].media["flow"]
-    assert (flow.video.path, flow.video.first_frame, flow.video.end_frame) == (listing.rows[0].media["rgb"].path, 0, 5)
+    assert flow.video == listing.rows[0].media["rgb"]
     assert any("TV-L1" in note for note in listing.notes)
 
 
@@ -177,7 +177,7 @@ def test_class_numbers_have_to_be_those_of_the_card(tmp_path, line, reason):
 
 @pytest.mark.parametrize(
     "options",
-    [{"split": 4}, {"rgb": "avi"}, {"flow": "none"}, {"per_second": 0.0}, {"per_second": 30.0}, {"flow_frames": 0}],
+    [{"split": 4}, {"rgb": "avi"}, {"flow": "none"}, {"per_second": 0.0}, {"per_second": 30.0}],
 )
 def test_a_wrong_option_names_what_would_do(tmp_path, options):
     (name,) = options

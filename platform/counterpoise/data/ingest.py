@@ -32,7 +32,7 @@ from counterpoise import storage
 from counterpoise.contracts import ConfigError, DataError, Interrupted, ResourceError
 from counterpoise.data import raw
 from counterpoise.data.card import CARD, SPLITS, Card
-from counterpoise.data.media import LIMITS, Limits, MediaError, ReadRow, described, read_row, versions
+from counterpoise.data.media import FLOW_METHOD, LIMITS, Limits, MediaError, ReadRow, described, read_row, versions
 from counterpoise.data.raw import Flow, Left, Listing, Media, Pictures, Raw, RawRow, Sound, Video
 from counterpoise.data.shards import MANIFEST, infer_schema, parquet_bytes
 from counterpoise.wording import did_you_mean
@@ -184,7 +184,9 @@ def paths_of(wanted: Media) -> Iterator[str]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, RawRow | Sound | Video | Pictures | Flow):
-        return [type(value).__name__, *(_plain(getattr(value, f.name)) for f in fields(value))]
+        # part of the digest, so that flow is made again when the way it is computed changes
+        how = [FLOW_METHOD] if isinstance(value, Flow) and value.video is not None else []
+        return [type(value).__name__, *(_plain(getattr(value, f.name)) for f in fields(value)), *how]
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return value

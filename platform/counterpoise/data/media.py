@@ -9,13 +9,12 @@ crash, hang or be killed (`data/ingest.py` sees to that).
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -27,7 +26,8 @@ from counterpoise.data.decode import LFS_POINTER, MAX_PIXELS, DecodeError, check
 from counterpoise.data.raw import Flow, Media, Pictures, Sound, Video
 
 JPEG_QUALITY = 95  # what OpenCV writes by default, and so what the frames of the published pipelines are
-FLOW_METHOD = "DIS, preset medium (OpenCV)"  # TV-L1, the other usual one, is not part of OpenCV's main modules
+# TV-L1, the other usual one, is not part of OpenCV's main modules.
+FLOW_METHOD = "DIS, preset medium (OpenCV), from each chosen frame to the next frame of the video"
 _FIELD_OF_VIEW = 512  # bytes that are looked at to tell a pointer or a page from media
 _HTML = re.compile(rb"\A(?:\xef\xbb\xbf)?\s*(?:<!--.*?-->\s*)?<(?:!doctype\s+html|html|head|body|script)", re.I | re.S)
 # The containers that are opened. Others (playlists, image sequences, ...) can make FFmpeg read further files.
@@ -372,7 +372,18 @@ class _Container:
 
 def video(wanted: Video, files: _Files, limits: Limits, remarks: list[str]) -> list[Any]:
     """The wanted frames as Pillow images, scaled."""
-    result: list[Any] = []
+    return [image for image, _ in _chosen(wanted, files, limits, remarks, following=False)]
+
+
+def _chosen(
+    wanted: Video, files: _Files, limits: Limits, remarks: list[str], following: bool
+) -> list[tuple[Any, Any | None]]:
+    """The wanted frames, scaled, each with the frame that follows it in the file, wanted or not, if that is asked for.
+
+    The last frame of a file has none, nor has one after which packets are damaged.
+    """
+    result: list[tuple[Any, Any | None]] = []
+    damaged: int | None = None  # packets until the last frame, if that one was chosen and waits for the next
     counted = wanted.first_frame is not None or wanted.end_frame is not None
     first, last = wanted.first_frame or 0, wanted.end_frame
     end_s = math.inf if wanted.seconds is None else wanted.start_s + wanted.seconds
@@ -388,6 +399,12 @@ def video(wanted: Video, files: _Files, limits: Limits, remarks: list[str]) -> l
                     raw.UNDECODABLE, f"{wanted.path}: damaged before frame {number}, so frames cannot be counted"
                 )
             at = container.time(frame, at)
+            image = None
+            if damaged is not None:
+                if damaged == container.damaged:
+                    image = _scaled(_image_of(frame, wanted.path, limits), wanted.size, wanted.channels)
+                    result[-1] = (result[-1][0], image)
+                damaged = None
             if (last is not None and number >= last) or at >= end_s:
                 break
             if number < first or at < due - 1e-3:
@@ -396,8 +413,10 @@ def video(wanted: Video, files: _Files, limits: Limits, remarks: list[str]) -> l
                 if last is None and wanted.seconds is None:
                     remarks.append(f"{wanted.path}: only the first {wanted.most} frames were taken")
                 break
-            _check_pixels(wanted.path, frame.width, frame.height, limits)
-            result.append(_scaled(_image_of(frame), wanted.size, wanted.channels))
+            if image is None:
+                image = _scaled(_image_of(frame, wanted.path, limits), wanted.size, wanted.channels)
+            result.append((image, None))
+            damaged = container.damaged if following else None
             if step:  # a gap in the times gives no frame twice
                 due = wanted.start_s + step * (math.floor((at - wanted.start_s) / step + 1e-3) + 1)
         else:
@@ -407,7 +426,8 @@ def video(wanted: Video, files: _Files, limits: Limits, remarks: list[str]) -> l
     return result
 
 
-def _image_of(frame: Any) -> Any:
+def _image_of(frame: Any, path: str, limits: Limits) -> Any:
+    _check_pixels(path, frame.width, frame.height, limits)
     image = frame.to_image()
     turn = int(getattr(frame, "rotation", 0) or 0)
     return image.rotate(turn, expand=True) if turn % 90 == 0 and turn else image
@@ -519,23 +539,27 @@ def flow(wanted: Flow, files: _Files, limits: Limits, remarks: list[str]) -> lis
 
 
 def _computed_flow(wanted: Flow, source: Video, files: _Files, limits: Limits, remarks: list[str]) -> list[bytes]:
-    """Flow between consecutive frames, in pixels of the scaled frames."""
+    """Flow from each chosen frame to the next frame of the video, in pixels of the scaled frames."""
     import cv2 as opencv
 
     cv2: Any = opencv  # its type stubs lack the class for flow
     cv2.setNumThreads(1)  # and the same result on any machine
     size = wanted.size if wanted.size is not None else source.size
-    grey = Video(**{**source.__dict__, "size": size, "channels": 1, "least": max(source.least, 2)})
-    frames = [np.asarray(image) for image in video(grey, files, limits, remarks)]
+    grey = replace(source, size=size, channels=1)
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     result = []
-    for before, after in itertools.pairwise(frames):
+    for one, following in _chosen(grey, files, limits, remarks, following=True):
+        if following is None:
+            continue
+        before, after = np.asarray(one), np.asarray(following)
         if before.shape != after.shape:
             raise MediaError(raw.UNDECODABLE, f"{source.path}: frames change their size")
         if min(before.shape) < 16:
             raise MediaError(raw.TOO_SHORT, f"{source.path}: {before.shape} pixels are too few for optical flow")
         moved = method.calc(np.ascontiguousarray(before), np.ascontiguousarray(after), None)
         result.append(_flow_png(*(quantised(moved[..., axis], wanted.bound) for axis in (0, 1))))
+    if not result:
+        raise MediaError(raw.TOO_SHORT, f"{source.path}: no chosen frame has a frame after it, so nothing moves")
     return result
 
 
@@ -581,6 +605,7 @@ def _said(wanted: Media) -> dict[str, Any]:
             facts["stored"] = "PNG, u and v in the first two channels, 128 for none"
             facts["method"] = FLOW_METHOD if wanted.video is not None else "as found"
             if wanted.video is not None:
+                facts["quantisation"] = "round(128 + 127 / bound * pixels), cut to 0..255; u to the right, v down"
                 facts["video"] = _said(wanted.video)
     return facts
 

@@ -82,10 +82,10 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Flow:
-    """Optical flow as a list of pictures whose first two channels are u and v, 128 for none, `bound` pixels at 0, 255.
+    """Optical flow as a list of pictures whose first two channels are u and v, 128 for none, `bound` pixels at 1, 255.
 
-    Stored: paths of the u and of the v pictures, frame by frame. Otherwise computed from consecutive frames of
-    `video` at its frame rate.
+    Stored: paths of the u and of the v pictures, frame by frame. Otherwise computed: what `video` chooses are the
+    frames that get a field, each of the movement to the next frame of the file, u to the right and v down.
     """
 
     u: tuple[str, ...] = ()
