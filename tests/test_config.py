@@ -233,6 +233,14 @@ def test_the_digest_stays_what_it_is() -> None:
     assert resolve(PLAIN)[0].digest == "f1cdc935df7f91bf"
 
 
+def test_a_protocol_is_in_the_digest_once_it_is_set() -> None:
+    plain, under = resolve(PLAIN)[0], resolve(PLAIN, ["protocol=valid-v1"])[0]
+    assert "protocol" not in plain.to_json()
+    assert under.to_json()["protocol"] == "valid-v1"
+    assert under.digest != plain.digest
+    assert changed_fields(plain, under) == {"protocol": (None, "valid-v1")}
+
+
 def test_settings_of_encoders_that_came_later_are_in_the_digest_once_they_are_set() -> None:
     unset = resolve(PLAIN, ["modalities.audio.weights=null", "modalities.audio.model=null"])[0]
     assert unset.digest == "f1cdc935df7f91bf"
@@ -283,6 +291,8 @@ def test_changes_need_to_be_named_and_possible() -> None:
 # Fields that make another run when they change; a new field must be put here, in HARMLESS or in CHANGEABLE.
 FIXED = {
     "corpus",
+    "protocol",
+    "preprocess",
     "modalities",
     "method",
     "optim.name",
@@ -293,6 +303,7 @@ FIXED = {
     "seed",
     "batch_norm",
     "data.shuffle_window",
+    "data.shuffle_mib",
     "data.augment",
 }
 

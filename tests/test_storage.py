@@ -273,11 +273,11 @@ def test_a_server_that_misbehaves_is_given_up_within_the_deadline(behave, monkey
         use_server(monkeypatch, endpoint)
         start = time.monotonic()
         with (
-            storage.limits(deadline_s=1.5, read_s=0.4, backoff_s=0.1, backoff_max_s=0.2, attempts=4),
+            storage.limits(deadline_s=3.0, read_s=0.4, backoff_s=0.1, backoff_max_s=0.2, attempts=4),
             pytest.raises(ResourceError, match=r"s3://bucket/key: .*failed after"),
         ):
             storage.read_bytes("s3://bucket/key")
-        assert time.monotonic() - start < 4.0  # the deadline of HEAD and that of GET, and starting the client
+        assert time.monotonic() - start < 9.0  # the deadline of HEAD and that of GET, and starting the client
         assert 1 <= len(requests) <= 10
 
 

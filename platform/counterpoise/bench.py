@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,7 @@ class _OneBatch:
     modalities: tuple[str, ...] = ("audio", "visual")
     classes: tuple[str, ...] = tuple(str(k) for k in range(CLASSES))
     fingerprint = "random"
+    selects_on: Literal["valid", "test"] = "valid"
 
     def __init__(self, batch_size: int, size: int) -> None:
         generator = torch.Generator().manual_seed(0)

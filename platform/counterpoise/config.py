@@ -36,6 +36,8 @@ MAX_FILE_BYTES = 1_000_000
 HARMLESS = ("data.cache", "data.cache_limit_gib", "data.decode_threads", "data.prefetch")
 # Fields that a resumed run may change when --allow-change names them; any other change is another run.
 CHANGEABLE = ("epochs", "optim.lr", "optim.schedule", "optim.weight_decay", "select", "data.bad_samples")
+# Fields that came later: saved, and in the digest, once they are set, so that older runs keep theirs.
+LATER = ("protocol", "preprocess")
 
 
 class _Section(BaseModel):
@@ -74,6 +76,13 @@ class Experiment(_Section):
     modalities: dict[str, EncoderConfig] = Field(
         {},
         description="encoder per modality; empty: every modality of the card with the usual encoder of its kind",
+    )
+    protocol: str | None = Field(
+        None,
+        description="name on the card, such as valid-v1: splits, preprocessing, what selects the epoch; null: the card",
+    )
+    preprocess: dict[str, dict[str, Any]] = Field(
+        {}, description="per modality, preprocessing that differs from card and protocol, e.g. {audio: {seconds: 3}}"
     )
     method: Any = Field(description="name and settings of the method")
     optim: Optim = Optim()
@@ -131,7 +140,8 @@ class Experiment(_Section):
         return next(name for name, method in METHODS.items() if method.Config is type(self.method))
 
     def to_json(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        data = self.model_dump(mode="json")
+        return {key: value for key, value in data.items() if value or key not in LATER}
 
     @property
     def digest(self) -> str:
@@ -187,6 +197,23 @@ def parse_set(text: str) -> tuple[str, Any]:
         with contextlib.suppress(ValueError):
             parsed = float(parsed)
     return key.strip(), parsed
+
+
+def parse_method(text: str, where: str = "--methods") -> tuple[str, list[str]]:
+    """A method with settings as (name, what it sets): "aug:lam=0.2:optim.lr=0.1" sets method.lam and optim.lr."""
+    name, *settings = text.split(":")
+    known_method(name)
+    sets = []
+    for setting in settings:
+        try:
+            key, _ = parse_set(setting)
+        except ConfigError:
+            raise ConfigError(f"{where} {text}: write settings as name:key=value:key=value, e.g. aug:lam=0.2") from None
+        section = key.split(".")[0]
+        if "." in key and section in Experiment.model_fields and section != "optim":
+            raise ConfigError(f"{where} {text}: {key} is the same for every method; change it with --set {setting}")
+        sets.append(setting if key.startswith("optim.") else f"method.{setting}")
+    return name, sets
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -272,6 +272,7 @@ class DataSource(Protocol):
     classes: tuple[str, ...]
     inputs: Mapping[str, InputSpec]
     fingerprint: str
+    selects_on: Literal["valid", "test"]  # test: the valid split is the test split, as a paper's protocol may have it
 
     def num_samples(self, split: str) -> int:
         """Rows of the split ("train", "valid" or "test") over all workers; 0 if the corpus has no such split."""

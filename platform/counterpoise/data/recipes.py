@@ -65,6 +65,12 @@ def recipes() -> list[Recipe]:
     ]
 
 
+def card_of(place: str) -> Card:
+    """The card of a prepared corpus, of one that can be prepared, or at a path or URI."""
+    prepared = storage.exists(storage.join(corpora_home(), place, CARD))
+    return load_card(str(recipes_root() / place / CARD) if place in recipe_names() and not prepared else place)
+
+
 def _module(name: str) -> Any:
     names = recipe_names()
     if name not in names:

@@ -18,9 +18,8 @@ from typing import Any
 from counterpoise import storage
 from counterpoise.config import Experiment
 from counterpoise.contracts import Comm, CounterpoiseError, Interrupted
-from counterpoise.data.card import load_card
 from counterpoise.engine.comm import current_comm
-from counterpoise.engine.job import Job, execute, open_data
+from counterpoise.engine.job import Job, execute, experiment_card, open_data
 from counterpoise.engine.run import LOCK, RunFolder
 from counterpoise.launch.ingest import RayData
 from counterpoise.methods import METHODS
@@ -88,12 +87,13 @@ def _look(job: Job, launch: str) -> dict[str, bool]:
 
 def _corpus(job: Job, experiment: Experiment) -> str:
     """What jobs must have in common to share an open corpus."""
-    card = load_card(experiment.corpus)
+    card = experiment_card(experiment)
     used = METHODS[experiment.method_name].uses(
         experiment.method, list(card.select(list(experiment.modalities) or None))
     )
     options = experiment.data.model_dump(mode="json")
-    return json.dumps([experiment.corpus, list(used), experiment.batch_size, experiment.seed, options, job.data])
+    corpus = [experiment.corpus, experiment.protocol, experiment.preprocess, list(used)]
+    return json.dumps([*corpus, experiment.batch_size, experiment.seed, options, job.data])
 
 
 def _open(job: Job, experiment: Experiment, comm: Comm, config: Mapping[str, Any]) -> RayData:

@@ -51,7 +51,13 @@ class RunData:
 
     @property
     def corpus(self) -> str:
-        return str(self._first("corpus", "?"))
+        """Name or place of the corpus, with the protocol: numbers of two protocols do not compare."""
+        protocol = self.protocol
+        return str(self._first("corpus", "?")) + (f" ({protocol})" if protocol else "")
+
+    @property
+    def protocol(self) -> str | None:
+        return self._first("protocol")
 
     @property
     def seed(self) -> int | None:
