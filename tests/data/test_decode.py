@@ -10,6 +10,7 @@ from counterpoise.data import card as cards
 from counterpoise.data.decode import DecodeError, Decoder, RowError, Stats, decode_cell, mel_filters, spectrogram
 
 from .conftest import image_bytes, wav_bytes
+from .raw_lists import card
 
 AUDIO = cards.AudioModality(
     kind="audio", column="a", preprocess=cards.AudioPreprocess(sample_rate=8000, seconds=0.2, n_fft=128, hop_length=100)
@@ -132,6 +133,48 @@ def test_spectrograms_are_those_of_plain_double_precision(mel):
     found = spectrogram(wave, settings)
     assert np.allclose(np.exp(found[0].astype(np.float64) * 2.5 - 4.0), expected + 1e-7, rtol=1e-5, atol=3e-6)
     assert found.flags["C_CONTIGUOUS"]
+
+
+def density_by_hand(wave, rate, size, hop):
+    """Power per Hz of windows within the clip, each less its mean, with a Tukey window of which a quarter tapers."""
+    at = np.minimum(np.arange(size), size - np.arange(size)) / (0.125 * size)
+    window = np.where(at < 1, 0.5 - 0.5 * np.cos(np.pi * at), 1.0)
+    frames = [wave[i : i + size] for i in range(0, len(wave) - size + 1, hop)]
+    power = np.abs([np.fft.rfft(window * (f - f.mean())) for f in frames]).T ** 2 / (rate * (window**2).sum())
+    power[1:-1] *= 2  # frequencies below zero
+    return power
+
+
+def test_a_density_is_that_of_scipy_with_the_settings_of_the_papers_on_ave():
+    from scipy import signal
+
+    settings = card("ave").modalities["audio"].preprocess
+    assert settings.num_samples == 160_000 and settings.shape == (1, 257, 1004)
+    wave = np.tile(0.1 * RNG.standard_normal(47_000), 10)[:160_000].astype(np.float32)
+    found = spectrogram(wave, settings)
+    assert found.shape == (1, 257, 1004) and found.dtype == np.float32
+    assert abs(found.mean(dtype=np.float64)) < 1e-6 and abs(found.std(dtype=np.float64) - 1) < 1e-5
+    published = np.log(signal.spectrogram(wave, 22050, nperseg=512, noverlap=353)[2] + 1e-7)
+    assert np.allclose(found[0], (published - published.mean()) / (published.std() + 1e-9), atol=2e-4)
+    by_hand = np.log(density_by_hand(wave.astype(np.float64), 22050, 512, 159) + 1e-7)
+    assert np.allclose(found[0], (by_hand - by_hand.mean()) / (by_hand.std() + 1e-9), atol=2e-4)
+
+
+def test_a_density_that_is_not_standardised_keeps_its_level():
+    settings = cards.AudioPreprocess(sample_rate=8000, seconds=1, n_fft=256, hop_length=256, spectrum="density")
+    tone = (0.5 * np.sin(2 * np.pi * 1000 * np.arange(8000) / 8000) + 0.2).astype(np.float32)
+    found = np.exp(spectrogram(tone, settings)[0].astype(np.float64))
+    assert found.shape == settings.shape[1:] == (129, 31)
+    assert (found.argmax(axis=0) == 32).all(), "1000 Hz is bin 32 of 31.25 Hz each"
+    assert np.allclose((found - 1e-7).sum(axis=0) * 8000 / 256, 0.5**2 / 2, rtol=1e-4), "the tone's power alone"
+    wide = settings.model_copy(update={"mel": 20})
+    assert spectrogram(tone, wide).shape == wide.shape == (1, 20, 31)
+
+
+def test_silence_is_zero_after_standardising():
+    for spectrum in ("magnitude", "density"):
+        settings = cards.AudioPreprocess(spectrum=spectrum, standardize=True)
+        assert not spectrogram(np.zeros(settings.num_samples, np.float32), settings).any()
 
 
 def test_a_spectrogram_does_not_depend_on_what_else_is_transformed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,8 +15,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -40,19 +43,43 @@ class AudioPreprocess(_Model):
     fill: Literal["tile", "zero"] = Field(
         default="tile", description="shorter clips are repeated, or followed by silence"
     )
-    n_fft: int = Field(default=512, ge=2, description="samples of a Hann window")
+    n_fft: int = Field(default=512, ge=2, description="samples of a window")
     hop_length: int = Field(default=353, ge=1, description="samples between windows")
     mel: int | None = Field(default=None, ge=1, description="mel bands; null keeps the n_fft // 2 + 1 linear bins")
-    log_floor: float = Field(default=1e-7, gt=0, description="added to the magnitude before the logarithm")
+    spectrum: Literal["magnitude", "density"] = Field(
+        default="magnitude",
+        description="magnitude: |STFT| with a Hann window, the clip reflected at its ends; density: power per Hz with "
+        "the defaults of scipy.signal.spectrogram (Tukey window 0.25, each window less its mean, none beyond the clip)",
+    )
+    log_floor: float = Field(default=1e-7, gt=0, description="added to the spectrum before the logarithm")
     clip: bool = Field(default=True, description="clip the waveform to -1..1")
     mean: float = Field(default=0.0, description="subtracted from the log spectrogram")
     std: float = Field(default=1.0, gt=0, description="the log spectrogram is divided by it")
+    standardize: bool = Field(
+        default=False, description="each log spectrogram less its own mean, divided by its own deviation"
+    )
 
     @model_validator(mode="after")
     def _long_enough(self) -> AudioPreprocess:
-        if self.num_samples <= self.n_fft // 2:
+        if self.spectrum == "magnitude" and self.num_samples <= self.n_fft // 2:
             raise ValueError(f"seconds {self.seconds} is shorter than half a window of n_fft {self.n_fft} samples")
+        if self.spectrum == "density" and self.num_samples < self.n_fft:
+            raise ValueError(f"seconds {self.seconds} is shorter than a window of n_fft {self.n_fft} samples")
+        if self.spectrum == "density" and self.hop_length > self.n_fft:
+            raise ValueError(f"hop_length {self.hop_length} is more than a window of n_fft {self.n_fft} samples")
         return self
+
+    @model_validator(mode="after")
+    def _scaled_once(self) -> AudioPreprocess:
+        if self.standardize and (self.mean, self.std) != (0.0, 1.0):
+            raise ValueError("standardize takes mean and deviation of each clip; leave mean and std out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A corpus whose card says nothing about a later field has the fingerprint it had before that field came."""
+        later = {"spectrum": "magnitude", "standardize": False}
+        return {k: v for k, v in handler(self).items() if k not in later or v != later[k]}
 
     @property
     def num_samples(self) -> int:
@@ -60,7 +87,8 @@ class AudioPreprocess(_Model):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (1, self.mel or self.n_fft // 2 + 1, 1 + self.num_samples // self.hop_length)
+        inside = self.num_samples - (self.n_fft if self.spectrum == "density" else 0)
+        return (1, self.mel or self.n_fft // 2 + 1, 1 + inside // self.hop_length)
 
 
 class ImagePreprocess(_Model):
@@ -239,6 +267,38 @@ class SplitCard(_Model):
         return self
 
 
+class Protocol(_Model):
+    """What makes numbers of a corpus comparable: frames, spectrogram, splits, and what selects the epoch.
+
+    Whatever it does not say is as on the card. A protocol is never changed: another one gets the next version.
+    """
+
+    description: str = Field(min_length=1, description="what is done, and where the published code does otherwise")
+    source: tuple[str, ...] = Field(default=(), description="papers and code it is taken from")
+    select_on: Literal["valid", "test"] = Field(
+        default="valid",
+        description="split that selects the epoch; test: as papers without a valid split do, so its accuracy is the "
+        "best of all epochs and too high",
+    )
+    splits: dict[Literal["train", "valid", "test"], SplitCard] = Field(
+        default_factory=dict, description="splits that are others than the card's"
+    )
+    preprocess: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="per modality, preprocessing that differs from the card's"
+    )
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_selection(self) -> Protocol:
+        if self.select_on == "test" and "valid" in self.splits:
+            raise ValueError("select_on: test makes test the valid split; leave splits.valid out")
+        return self
+
+
 class Card(_Model):
     """What a corpus is and where its parts are."""
 
@@ -256,8 +316,12 @@ class Card(_Model):
     sample_id: str | None = Field(default=None, description="column; null makes ids from file names and row numbers")
     splits: dict[Literal["train", "valid", "test"], SplitCard]
     modalities: dict[str, ModalityCard] = Field(min_length=1)
+    protocols: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+-v[1-9][0-9]*$")], Protocol] = Field(
+        default_factory=dict, description="by name and version, such as ogm_ge-v1"
+    )
 
     _location: str = PrivateAttr("")
+    _selects_on: Literal["valid", "test"] = PrivateAttr("valid")
 
     @field_validator("source", mode="before")
     @classmethod
@@ -288,12 +352,24 @@ class Card(_Model):
         for name in self.modalities:
             if name in (LABEL, ROW, "fused") or not name.isidentifier():
                 raise ValueError(f"modalities.{name}: the name must be one word, and not label, row or fused")
+        for name, protocol in self.protocols.items():
+            if protocol.select_on == "test" and "test" not in self.splits | protocol.splits:
+                raise ValueError(f"protocols.{name} selects on test, and there is no such split")
+            try:
+                self.under(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
         return self
 
     @property
     def location(self) -> str:
         """Path or URI of the file this card was read from; empty for a card made in code."""
         return self._location
+
+    @property
+    def selects_on(self) -> Literal["valid", "test"]:
+        """The rows that the valid split holds: its own, or those of test (`Protocol.select_on`)."""
+        return self._selects_on
 
     @property
     def folder(self) -> str:
@@ -309,15 +385,44 @@ class Card(_Model):
         copy._location = location
         return copy
 
+    def under(self, protocol: str | None = None, preprocess: Mapping[str, Mapping[str, Any]] | None = None) -> Card:
+        """The card as a protocol has it, and with further changes of preprocessing; null goes back to the default."""
+        card = self
+        if protocol is not None:
+            if protocol not in self.protocols:
+                raise ConfigError(
+                    f"corpus {self.name} has no protocol '{protocol}'{did_you_mean(protocol, self.protocols)}; "
+                    f"it has: {', '.join(self.protocols) or 'none'}"
+                )
+            chosen = self.protocols[protocol]
+            splits = {**self.splits, **chosen.splits}
+            if chosen.select_on == "test":
+                splits["valid"] = splits["test"]
+            card = self.model_copy(update={"splits": splits})
+            card._selects_on = chosen.select_on
+            card = card._preprocessed(chosen.preprocess, f"protocols.{protocol}.preprocess")
+        return card._preprocessed(preprocess or {}, "preprocess")
+
+    def _preprocessed(self, changes: Mapping[str, Mapping[str, Any]], place: str) -> Card:
+        modalities = dict(self.modalities)
+        for name, values in changes.items():
+            if name not in modalities:
+                raise ConfigError(f"{place}.{name}: {_no_modality(self, name)}")
+            old = modalities[name]
+            merged = {**old.preprocess.model_dump(exclude_unset=True), **values}
+            given = {"preprocess": {key: value for key, value in merged.items() if value is not None}}
+            try:
+                modalities[name] = type(old).model_validate(old.model_dump(exclude_unset=True) | given)
+            except ValidationError as error:
+                raise ConfigError(f"{place}.{name}: {_preprocess_problems(error, old)}") from None
+        return self.model_copy(update={"modalities": modalities})
+
     def select(self, modalities: Iterable[str] | None) -> dict[str, AnyModality]:
         """The named modalities, in the order given; all of them for None."""
         names = tuple(self.modalities) if modalities is None else tuple(modalities)
         for name in names:
             if name not in self.modalities:
-                raise ConfigError(
-                    f"corpus {self.name} has no modality '{name}'{did_you_mean(name, self.modalities)}; "
-                    f"it has: {', '.join(self.modalities)}"
-                )
+                raise ConfigError(_no_modality(self, name))
         if not names:
             raise ConfigError(f"no modalities chosen; corpus {self.name} has: {', '.join(self.modalities)}")
         if len(set(names)) != len(names):
@@ -336,6 +441,58 @@ class Card(_Model):
         if not slashes:
             place = os.path.abspath(place)
         return modality.model_copy(update={"preprocess": modality.preprocess.model_copy(update={"tokenizer": place})})
+
+
+def _no_modality(card: Card, name: str) -> str:
+    known = did_you_mean(name, card.modalities)
+    return f"corpus {card.name} has no modality '{name}'{known}; it has: {', '.join(card.modalities)}"
+
+
+def _preprocess_problems(error: ValidationError, modality: AnyModality) -> str:
+    """What is wrong with changed preprocessing, in one line."""
+    known = type(modality.preprocess).model_fields
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"][1:])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key '{key}'{did_you_mean(key, known)}; known keys: {', '.join(known)}")
+        else:
+            lines.append(f"{key or 'preprocess'}: {problem['msg'].removeprefix('Value error, ')}")
+    return "; ".join(lines)
+
+
+def card_lines(card: Card) -> list[str]:
+    """What a card says, for the terminal."""
+    lines = [f"{card.name}: {card.title}" if card.title else card.name]
+    lines += [*_folded(card.description, ""), ""]
+    facts = {"licence": card.licence, "source": ", ".join(card.source), "citation": card.citation}
+    facts["classes"] = f"{len(card.class_names)}: {', '.join(card.class_names)}"
+    for name, text in facts.items():
+        lines += _folded(text, " " * 10, f"{name:9} ") if text else []
+    for name, split in card.splits.items():
+        carve = split.carve
+        text = ", ".join(split.files)
+        if carve is not None:
+            text = f"{carve.fraction:g} of {carve.source}" + (f", by {carve.group}" if carve.group else "")
+        lines.append(f"{name:9} {text}" + (f", {split.expected} rows" if split.expected is not None else ""))
+    for name, modality in card.modalities.items():
+        settings = modality.preprocess.model_dump(exclude_none=True, mode="json")
+        text = ", ".join(f"{key} {value}" for key, value in settings.items())
+        shape = modality.preprocess.shape
+        size = " x ".join(map(str, shape)) if shape else "as stored"
+        lines += ["", f"modality {name}: {modality.kind}, {size}", *_folded(text, "  ")]
+    for name, protocol in card.protocols.items():
+        lines += ["", f"protocol {name}" + (" (selects on test)" if protocol.select_on == "test" else "")]
+        lines += _folded(protocol.description, "  ")
+        lines += _folded(", ".join(protocol.source), " " * 10, "  source: ") if protocol.source else []
+    return lines
+
+
+def _folded(text: str, indent: str, first: str | None = None) -> list[str]:
+    """Lines of text; the first begins with `first`."""
+    begin = indent if first is None else first
+    words = " ".join(text.split())
+    return textwrap.wrap(words, 110, initial_indent=begin, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def corpora_home() -> str:
