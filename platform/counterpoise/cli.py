@@ -42,6 +42,10 @@ CheckpointEvery = Annotated[float, typer.Option(min=1, metavar="SECONDS", help="
 Address = Annotated[
     str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use.", show_default="start one here")
 ]
+Missing = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODALITY", help="Predict without it; a+b for two at once, `each` for every one. Repeatable."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and torch say, and tracebacks.")]
 Sets = Annotated[
     list[str] | None,
@@ -238,13 +242,18 @@ def evaluate(
     probe: Annotated[
         bool, typer.Option("--probe", help="Also fit a linear probe to every frozen encoder: compares between methods.")
     ] = False,
+    missing: Missing = None,
+    missing_rate: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, metavar="SHARE", help="Let this share of samples lack one modality. Repeatable."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate the selected epoch of a finished run on a split, and save the predictions."""
     from counterpoise.engine.again import evaluate_run
 
     _choice("--split", split, ("train", "valid", "test"))
-    result = evaluate_run(run, split, corpus, device, probe)
+    result = evaluate_run(run, split, corpus, device, probe, missing or [], missing_rate or [])
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -262,6 +271,14 @@ def evaluate(
         print(f"gap between modalities {result['gap']:.4f}")
     for part, accuracy in result.get("accuracy_of_part", {}).items():
         print(f"accuracy of {part} {accuracy:.4f}")
+    lacking = {f"fused without {name}": values for name, values in result.get("missing", {}).items()}
+    lacking |= {
+        f"fused, one missing in {float(rate):.0%}": values for rate, values in result.get("missing_rates", {}).items()
+    }
+    if lacking:
+        print(f"\n{'':{max(map(len, lacking))}}  accuracy     mAP  macro-F1")
+    for name, values in lacking.items():
+        print(f"{name:{max(map(len, lacking))}}  {values['accuracy']:8.4f}  {values['map']:6.4f}  {values['macro_f1']:8.4f}")
     if result["skipped"]:
         say(f"{result['skipped']} rows could not be decoded and are left out")
     say(f"predictions in {result['predictions']}")

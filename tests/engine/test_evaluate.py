@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.conftest import Done, new_folder, settings, write_corpus
 
-from counterpoise.contracts import DataError, RefusedError
+from counterpoise.contracts import ConfigError, DataError, RefusedError
 from counterpoise.engine import checkpoint
 from counterpoise.engine.again import evaluate_run
 from counterpoise.engine.comm import SingleComm
-from counterpoise.engine.evaluate import Accumulator, Predictions, predict, split_stats
+from counterpoise.engine.evaluate import Accumulator, Predictions, at_missing_rate, predict, split_stats
 from counterpoise.engine.job import open_data
 from counterpoise.engine.loop import make_method, make_network
 from counterpoise.engine.metrics import classification_metrics
@@ -147,3 +147,41 @@ def test_probes_of_a_finished_run_are_parts_beside_its_own_numbers(trained: Done
     copy = write_corpus(tmp_path / "copy")
     elsewhere = evaluate_run(trained.folder.uri, corpus=copy, probe=True)
     assert elsewhere["accuracy_of_part"] == parts, "probes are fitted to the run's own train split"
+
+
+def test_an_evaluation_without_a_modality_is_the_other_one_s_logits(trained: Done) -> None:
+    """AUG's weights 1/2 and 1/2 are scaled up to 1: what is left is the modality's own prediction."""
+    found = evaluate_run(trained.folder.uri, missing=["each"], missing_rates=[0.0, 0.5, 1.0], device="cpu")
+    accuracy = found["accuracy"]
+    assert found["missing"]["weak"]["accuracy"] == accuracy["strong"]
+    assert found["missing"]["strong"]["accuracy"] == accuracy["weak"]
+    assert found["missing_rates"]["0"]["accuracy"] == accuracy["fused"]
+    columns = trained.folder.read_predictions("evaluation-test.parquet")
+    np.testing.assert_allclose(columns["logits_without_weak"], columns["logits_strong"], rtol=1e-6)
+    assert trained.folder.read_json("evaluation-test.json")["missing"] == found["missing"]
+    again = evaluate_run(trained.folder.uri, missing_rates=[0.5], device="cpu")
+    assert again["missing_rates"]["0.5"] == found["missing_rates"]["0.5"] and "missing" not in again
+
+
+def test_who_lacks_a_modality_depends_on_the_sample_alone_and_grows_with_the_rate() -> None:
+    ids = [f"clip-{i}" for i in range(2000)]
+    complete = np.zeros((2000, 1), np.float32)
+    without = {"a": np.full((2000, 1), 1, np.float32), "b": np.full((2000, 1), 2, np.float32)}
+    low, high = (at_missing_rate(complete, without, ids, rate)[:, 0] for rate in (0.2, 0.5))
+    assert (high[low > 0] == low[low > 0]).all()
+    assert np.mean(low > 0) == pytest.approx(0.2, abs=0.03) and np.mean(high > 0) == pytest.approx(0.5, abs=0.03)
+    assert np.mean(high == 1) == pytest.approx(0.25, abs=0.03)
+    assert (at_missing_rate(complete[::-1], without, ids[::-1], 0.5)[::-1, 0] == high).all()
+    assert not complete.any(), "what was given stays as it was"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["srong"], r"no modality 'srong', did you mean 'strong'\?; modalities: strong, weak, or each"),
+        (["strong+weak"], "nothing would be left"),
+    ],
+)
+def test_a_wrong_wish_for_missing_modalities_is_explained(trained: Done, asked: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate_run(trained.folder.uri, missing=asked, device="cpu")

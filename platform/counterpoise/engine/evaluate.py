@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +161,49 @@ def predict(
     rows, tables = gather_rows(compute, data, split, comm, device)
     labels = np.asarray(data.labels(split))[rows]
     return Predictions(rows, labels, {name: table.cpu().numpy() for name, table in tables.items()})
+
+
+@torch.no_grad()
+def predict_without(
+    net: MultimodalNet,
+    method: Method[Any],
+    data: DataSource,
+    split: str,
+    comm: Comm,
+    device: torch.device,
+    missing: Sequence[tuple[str, ...]],
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Fused logits [N, K] without each of some sets of modalities, by their names joined with "+".
+
+    Rows are those of `predict`.
+    """
+    net.eval()
+
+    def compute(batch: Batch) -> dict[str, torch.Tensor]:
+        return {
+            "+".join(names): predictions(net, method, method.predict(net, batch, names))["fused"] for names in missing
+        }
+
+    _, tables = gather_rows(compute, data, split, comm, device)
+    return {name: table.cpu().numpy() for name, table in tables.items()}
+
+
+def at_missing_rate(
+    complete: npt.NDArray[np.float32],
+    without: Mapping[str, npt.NDArray[np.float32]],
+    sample_ids: Sequence[str],
+    rate: float,
+) -> npt.NDArray[np.float32]:
+    """Logits [N, K] where a share `rate` of the samples lacks one of the modalities of `without`, each as often.
+
+    Who lacks what is a function of the sample's id alone, and who lacks it at a lower rate does at a higher one.
+    """
+    mixed, names = complete.copy(), sorted(without)
+    for row, sample_id in enumerate(sample_ids):
+        digest = hashlib.blake2b(sample_id.encode(), digest_size=16).digest()
+        if int.from_bytes(digest[:8], "big") < rate * 2**64:
+            mixed[row] = without[names[int.from_bytes(digest[8:], "big") % len(names)]][row]
+    return mixed
 
 
 def prediction_columns(found: Predictions, data: DataSource, split: str) -> dict[str, Any]:

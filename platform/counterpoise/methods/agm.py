@@ -30,7 +30,7 @@ statistics. Modulation there ends after 20 epochs (`last_epoch`); the authors' o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import combinations
 from typing import Literal
 
@@ -134,17 +134,25 @@ class AGM(Method[AGMConfig]):
     def _shapley(self, net: MultimodalNet, batch: Batch, out: Outputs, real: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """m_i from F(all) of `out` and passes through the head with features of zeros in place of real ones."""
         assert out.fused is not None
-        zeros = {
+        zeros = self._zeros(net, batch)
+        values: dict[Coalition, Tensor] = {tuple(real): out.fused}
+        for size in range(1, len(real)):
+            for members in combinations(real, size):
+                values[members] = self._padded(net, {m: real[m] for m in members}, zeros)
+        return shapley_logits(values)
+
+    def _zeros(self, net: MultimodalNet, batch: Batch) -> dict[str, Tensor]:
+        """Features [B, D_m] of inputs of zeros."""
+        return {
             m: net.encoders[m](batch[m].new_zeros(1, *batch[m].shape[1:])).expand(len(batch[m]), -1)
             for m in self.modalities
         }
-        values: dict[Coalition, Tensor] = {self.modalities: out.fused}
-        for size in range(1, len(self.modalities)):
-            for members in combinations(self.modalities, size):
-                fused = net.head({m: real[m] if m in members else zeros[m] for m in self.modalities}).fused
-                assert fused is not None
-                values[members] = fused
-        return shapley_logits(values)
+
+    def _padded(self, net: MultimodalNet, real: Mapping[str, Tensor], zeros: Mapping[str, Tensor]) -> Tensor:
+        """Fused logits of real features, with those of zeros for all other modalities."""
+        fused = net.head({m: real[m] if m in real else zeros[m] for m in self.modalities}).fused
+        assert fused is not None
+        return fused
 
     @torch.no_grad()
     def _modulation(self, net: MultimodalNet, shapley: Mapping[str, Tensor], labels: Tensor, step: Step) -> Tensor:
@@ -176,8 +184,11 @@ class AGM(Method[AGMConfig]):
             clip(net, self.config.clip)
         return {f"modulation/{m}": k for m, k in factors.items()}
 
-    def predict(self, net: MultimodalNet, batch: Batch) -> Outputs:
-        out = net(batch)
+    def predict(self, net: MultimodalNet, batch: Batch, missing: Collection[str] = ()) -> Outputs:
+        """A missing modality is one outside the coalition, as in training: its input is zeros."""
+        out = net(batch, [m for m in self.modalities if m not in missing])
+        if missing:
+            out.fused = self._padded(net, out.features, self._zeros(net, batch))
         return Outputs(out.features, self._shapley(net, batch, out, out.features), out.fused)
 
 

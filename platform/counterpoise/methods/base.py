@@ -17,7 +17,7 @@ Rules with a reason:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -142,16 +142,27 @@ class Method(Generic[C]):
 
     # --- predictions
 
-    def predict(self, net: MultimodalNet, batch: Batch) -> Outputs:
-        """The forward pass of an evaluation: logits of every modality, and what `fuse` needs."""
-        return net(batch)
+    def predict(self, net: MultimodalNet, batch: Batch, missing: Collection[str] = ()) -> Outputs:
+        """The forward pass of an evaluation: logits of every modality, and what `fuse` needs.
+
+        missing: modalities that are not there, at most all but one. Their tensors in `batch` say nothing but their
+        shape; `out` has no logits of them, and `out.fused` is what the head makes of the others (`fuse_present`).
+        """
+        if not missing:
+            return net(batch)
+        out: Outputs = net(batch, [m for m in self.modalities if m not in missing])
+        out.fused = net.head.fuse_present(out)
+        return out
 
     def parts(self, net: MultimodalNet, out: Outputs) -> dict[str, Tensor]:
         """Further predictions [B, K] worth a number in the results, e.g. {"audio/first": logits}."""
         return {}
 
     def fuse(self, net: MultimodalNet, out: Outputs) -> Tensor:
-        """Logits of all modalities together [B, K]; `out` may have been put together from several phases."""
+        """Logits of all modalities together [B, K].
+
+        `out` may have been put together from several phases; modalities that are missing in a prediction are not in it.
+        """
         if out.fused is not None:
             return out.fused
         return torch.stack([out.unimodal[m] for m in self.modalities]).sum(dim=0)

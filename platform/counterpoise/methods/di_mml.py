@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from counterpoise.contracts import LABEL, Batch, Comm, ConfigError, EpochContext, Outputs, Stage, Step
 from counterpoise.methods.base import Method, MethodConfig, Setting, evaluating, global_rows
-from counterpoise.models.heads import Adapters, Head, linear
+from counterpoise.models.heads import Adapters, Head, joined_features, linear
 from counterpoise.models.network import MultimodalNet
 
 CHUNK = 64  # classes whose distances are held at a time
@@ -98,11 +98,17 @@ class DetachedHead(Head):
 
     def join(self, out: Outputs) -> None:
         """Put the logits of the fusion classifier into `extra`, and the prediction into `fused`."""
-        joined = self.fusion(torch.cat([out.features[m] for m in self.modalities], dim=1))
+        joined = self.fusion(joined_features(out.features, dict.fromkeys(self.modalities, self.adapters.width)))
         out.extra["fusion"] = joined
         out.fused = fuse_by_confidence(
-            torch.stack([*(out.unimodal[m] for m in self.modalities), joined]), self.temperature
+            torch.stack([*(out.unimodal[m] for m in self.present(out)), joined]), self.temperature
         )
+
+    def fuse_present(self, out: Outputs) -> Tensor:
+        """The classifiers of those present, and the fusion classifier with features of zeros for the missing."""
+        self.join(out)
+        assert out.fused is not None
+        return out.fused
 
 
 class DIMMLConfig(MethodConfig):

@@ -183,7 +183,8 @@ class GBlend(Method[GBlendConfig]):
     def fuse(self, net: MultimodalNet, out: Outputs) -> Tensor:
         if self.config.inference == "joint":
             return super().fuse(net, out)
-        return torch.stack([_logits(out, k) for k in self.branches]).mean(dim=0)
+        present = [k for k in self.branches if k == JOINT or k in out.unimodal]
+        return torch.stack([_logits(out, k) for k in present]).mean(dim=0)
 
     def decide(self, history: Sequence[EpochStats]) -> Decision | None:
         if len(self.after) < len(self.branches):

@@ -93,6 +93,9 @@ class MeanHead(SumHead):
         out.fused = None if out.fused is None else out.fused / len(self.modalities)
         return out
 
+    def fuse_present(self, out: Outputs) -> Tensor:
+        return super().fuse_present(out) / len(self.present(out))
+
 
 class LFMConfig(MethodConfig):
     schedule: Literal["fitted", "linear", "constant", "learned"] = Field(

@@ -105,6 +105,9 @@ class AlternatingHead(Head):
         fused = mean_of_probabilities(torch.stack([unimodal[m] for m in self.modalities])) if complete else None
         return Outputs(features, unimodal, fused)
 
+    def fuse_present(self, out: Outputs) -> Tensor:
+        return mean_of_probabilities(torch.stack([out.unimodal[m] for m in self.present(out)]))
+
     def linears(self, modality: str) -> list[DampingLinear]:
         return [layer for layer in self.classifiers[modality].children() if isinstance(layer, DampingLinear)]
 

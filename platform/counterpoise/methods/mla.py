@@ -130,10 +130,15 @@ class MLA(Method[MLAConfig]):
         return {f"kept/{step.phase}": kept}
 
     def fuse(self, net: MultimodalNet, out: Outputs) -> Tensor:
-        logits = torch.stack([out.unimodal[m] for m in self.modalities])
+        """The weighted sum over the modalities present; fixed weights are scaled up to the sum of all."""
+        present = [m for m in self.modalities if m in out.unimodal]
+        logits = torch.stack([out.unimodal[m] for m in present])
         if self.config.fusion == "fixed":
             equal = 1 / len(self.modalities)
-            weights = logits.new_tensor([[self.config.weights.get(m, equal)] for m in self.modalities])
+            fixed = {m: self.config.weights.get(m, equal) for m in self.modalities}
+            weights = logits.new_tensor([[fixed[m]] for m in present])
+            if len(present) < len(fixed):
+                weights = weights * (sum(fixed.values()) / sum(fixed[m] for m in present))
         else:
             weights = entropy_weights(logits, "classes" if self.config.fusion == "entropy" else "batch")
         return (weights.unsqueeze(-1) * logits).sum(dim=0)

@@ -14,7 +14,7 @@ W_m u_m of the same weights; here both are cosines (`prediction: product` gives 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -66,8 +66,8 @@ class MMCosine(Method[MMCosineConfig]):
     def head(self, widths: Mapping[str, int]) -> Head:
         return CosineHead(widths, self.setting.num_classes, self.config.scale)
 
-    def predict(self, net: MultimodalNet, batch: Batch) -> Outputs:
-        out = super().predict(net, batch)
+    def predict(self, net: MultimodalNet, batch: Batch, missing: Collection[str] = ()) -> Outputs:
+        out = super().predict(net, batch, missing)
         if self.config.prediction == "product":
             assert isinstance(net.head, CosineHead)
             products = [SumHead.term(net.head, name, u) for name, u in out.features.items()]

@@ -86,6 +86,11 @@ class EnsembleHead(SharedHead):
     def together(self, logits: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
         return self.scale * torch.stack([logits[m] for m in names]).sum(dim=0)
 
+    def fuse_present(self, out: Outputs) -> Tensor:
+        """Of the members that are present; of whoever is present, if no member is."""
+        present = self.present(out)
+        return self.together(out.unimodal, [m for m in self.members if m in present] or present)
+
     def architecture(self) -> dict[str, Any]:
         return {"members": list(self.members)}
 

@@ -25,6 +25,14 @@ class Head(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> Outputs:
         raise NotImplementedError
 
+    def fuse_present(self, out: Outputs) -> Tensor:
+        """Logits [B, K] of the modalities that `out` has, where others are missing: here the sum of their terms."""
+        return torch.stack([out.unimodal[m] for m in self.present(out)]).sum(dim=0)
+
+    def present(self, out: Outputs) -> list[str]:
+        """The modalities that `out` has, in the head's order."""
+        return [m for m in self.modalities if m in out.unimodal]
+
     def architecture(self) -> dict[str, Any]:
         """What a checkpoint must know to rebuild this head besides its weights."""
         return {}
@@ -58,6 +66,17 @@ class ConcatHead(Head):
         complete = len(features) == len(self.modalities)
         fused = self.linear(torch.cat([features[m] for m in self.modalities], dim=1)) if complete else None
         return Outputs(features, unimodal, fused)
+
+    def fuse_present(self, out: Outputs) -> Tensor:
+        """As with features of zeros in place of the missing: sum_m W_m u_m + b, with all of the bias."""
+        return self.linear(joined_features(out.features, self.widths))
+
+
+def joined_features(features: Mapping[str, Tensor], widths: Mapping[str, int]) -> Tensor:
+    """Features of all modalities side by side [B, sum of widths], zeros in place of those missing."""
+    like = next(iter(features.values()))
+    parts = [features[m] if m in features else like.new_zeros(len(like), width) for m, width in widths.items()]
+    return torch.cat(parts, dim=1)
 
 
 class SumHead(Head):
@@ -218,6 +237,12 @@ class BoostedHead(Head):
 
     def fuse(self, unimodal: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.fusion_weights[m] * unimodal[m] for m in self.modalities]).sum(dim=0)
+
+    def fuse_present(self, out: Outputs) -> Tensor:
+        """The terms of those present, with alpha_m scaled up to the sum of all: their mean, if alpha_m = 1 / M."""
+        present = self.present(out)
+        scale = sum(self.fusion_weights.values()) / sum(self.fusion_weights[m] for m in present)
+        return torch.stack([self.fusion_weights[m] * scale * out.unimodal[m] for m in present]).sum(dim=0)
 
     def architecture(self) -> dict[str, Any]:
         return {"num_classifiers": dict(self.num_classifiers)}
