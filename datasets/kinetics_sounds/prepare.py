@@ -42,12 +42,13 @@ def listing(
     per_second: float = 1.0,
     least: int = 4,
     size: int = 256,
+    silent: str = "drop",
 ) -> Listing:
     """train, valid, test: lists of one split each. database: one JSON file with all splits, instead of them.
 
     All of them below the raw folder, absolute or s3://. videos: folder at or below which the clips are. rate: of the
     sound in Hz. per_second: frames of every second. least: clips with fewer frames are dropped. size: shorter side of
-    the frames in pixels at most, 0 keeps it.
+    the frames in pixels at most, 0 keeps it. silent: `drop` clips without sound, or `keep` them with silence.
     """
     check_reading(rate=rate, per_second=per_second, least=least)
     if database and (valid or (train, test) != ("my_train.txt", "my_test.txt")):
@@ -78,6 +79,7 @@ def listing(
         per_second=per_second,
         least=least,
         size=size,
+        silent=silent,
     )
     notes += more
     _, _, more = part_overlap(rows, "video_id")

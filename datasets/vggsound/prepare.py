@@ -38,12 +38,14 @@ def listing(
     per_second: float = 1.0,
     least: int = 4,
     size: int = 384,
+    silent: str = "drop",
 ) -> Listing:
     """lists: the list with a column of splits. train, test: lists of one split, which take the place of its rows.
 
     All of them below the raw folder, absolute or s3://. videos: folder at or below which the clips are. overlap:
     `keep` or `drop` rows of train whose video is in test. rate: of the sound in Hz. per_second: frames of every second.
     least: clips with fewer frames are dropped. size: shorter side of the frames in pixels at most, 0 keeps it.
+    silent: `drop` clips without sound, or `keep` them with silence.
     """
     one_of("overlap", overlap, ("keep", "drop"))
     check_reading(rate=rate, per_second=per_second, least=least)
@@ -63,6 +65,7 @@ def listing(
         per_second=per_second,
         least=least,
         size=size,
+        silent=silent,
     )
     clear, shared, more = part_overlap(rows, "video_id")
     if overlap == "drop":

@@ -215,6 +215,18 @@ def test_too_little_is_said(clips, tmp_path):
     assert reason(tmp_path, Sound("mute.flv", 8000)) == (raw.NO_STREAM, "x: mute.flv has no audio")
 
 
+def test_a_video_without_sound_gives_silence_only_where_that_is_asked_for(clips, tmp_path):
+    write_video(tmp_path / "mute.mp4", numbered(5))
+    row = read_row(str(tmp_path), {"x": Sound("mute.mp4", 8000, seconds=1.5, silence=True)})
+    data, rate = soundfile.read(io.BytesIO(row.values["x"]))
+    assert rate == 8000 and data.shape == (12000,) and not data.any()
+    assert row.remarks == ["mute.mp4 has no audio; silence is stored"]
+    heard = read_row(str(clips), {"x": Sound("a.mp4", 8000, seconds=1.5, silence=True)})
+    assert heard == read_row(str(clips), {"x": Sound("a.mp4", 8000, seconds=1.5)})
+    (tmp_path / "none.mp4").write_bytes(b"no video at all" * 50)
+    assert reason(tmp_path, Sound("none.mp4", 8000, seconds=1.5, silence=True))[0] == raw.UNDECODABLE
+
+
 def test_limits_hold(clips, tmp_path):
     assert reason(clips, Video("a.mp4"), limits=Limits(frames=20))[0] == raw.TOO_LARGE
     assert reason(clips, Video("a.mp4"), limits=Limits(pixels=1000))[0] == raw.TOO_LARGE

@@ -1,7 +1,14 @@
+import io
+import json
+
+import pyarrow.parquet as pq
 import pytest
+import soundfile
 
 from counterpoise.contracts import ConfigError, DataError
+from counterpoise.data.recipes import prepare
 
+from .media_files import numbered, tone, write_video
 from .raw_lists import by_split, card, check_sound, make_raw, reasons, recipe
 
 LIST = (
@@ -161,7 +168,33 @@ def test_a_wrong_line_in_a_list_of_one_split_is_named(tmp_path, line, reason):
     assert reason in str(error.value)
 
 
-@pytest.mark.parametrize("options", [{"overlap": "x"}, {"rate": 0}, {"per_second": 0.0}, {"least": 0}])
+@pytest.mark.parametrize("silent", ["drop", "keep"])
+def test_clips_without_sound_are_dropped_or_kept_as_silence(tmp_path, silent):
+    (tmp_path / "raw").mkdir()
+    names = {"-_000000000_000000": True, "-_000000001_000001": False, "-_000000002_000002": True}
+    rows = [f"{n[:11]},{int(n[12:])},foghorn,{s}" for n, s in zip(names, ("train", "train", "test"), strict=True)]
+    (tmp_path / "raw/vggsound.csv").write_text("\n".join(rows))
+    for name, heard in names.items():
+        write_video(tmp_path / f"raw/{name}.mp4", numbered(20), 4, tone(5, rate=44100) if heard else None)
+    out = tmp_path / "out"
+    prepare("vggsound", str(out), raw=str(tmp_path / "raw"), silent=silent, rate=8000, size=32)
+    mute = json.loads((out / "ledger.jsonl").read_text().splitlines()[1])
+    manifest = json.loads((out / "manifest.json").read_text())
+    said = "Rows that are kept with a remark in ledger.jsonl: 1."
+    if silent == "drop":
+        assert (mute["kept"], mute["reason"]) == (False, "no such stream")
+        assert said not in manifest["notes"]
+        return
+    assert mute["kept"] and mute["remarks"] == ["-_000000001_000001.mp4 has no audio; silence is stored"]
+    assert said in manifest["notes"]
+    cells = pq.read_table(next(out.glob("train-*.parquet")), columns=["audio"])["audio"].to_pylist()
+    heard, silence = (soundfile.read(io.BytesIO(cell))[0] for cell in cells)
+    assert heard.any() and silence.shape == (80_000,) and not silence.any()
+
+
+@pytest.mark.parametrize(
+    "options", [{"overlap": "x"}, {"silent": "zero"}, {"rate": 0}, {"per_second": 0.0}, {"least": 0}]
+)
 def test_a_wrong_option_names_what_would_do(tmp_path, options):
     (name,) = options
     with pytest.raises(ConfigError, match=f"option {name} is .*give"):

@@ -186,7 +186,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, RawRow | Sound | Video | Pictures | Flow):
         # part of the digest, so that flow is made again when the way it is computed changes
         how = [FLOW_METHOD] if isinstance(value, Flow) and value.video is not None else []
-        return [type(value).__name__, *(_plain(getattr(value, f.name)) for f in fields(value)), *how]
+        known = [f for f in fields(value) if not f.metadata.get("later") or getattr(value, f.name) != f.default]
+        return [type(value).__name__, *(_plain(getattr(value, f.name)) for f in known), *how]
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return value
@@ -559,13 +560,18 @@ def _manifest(
         "format": FORMAT,
         "listing": {"rows": len(listing.rows), "sha256": digest.hexdigest(), "rows_per_part": listing.rows_per_part},
         "counts": _counts(listing, card, records),
-        "notes": list(listing.notes),
+        "notes": [*listing.notes, *_remarked(records)],
         "media": described([row.media for row in listing.rows]),
         "preprocess": {n: m.preprocess.model_dump(mode="json") for n, m in card.modalities.items()},
         "limits": asdict(work.limits),
         "versions": versions(),
         "splits": splits,
     }
+
+
+def _remarked(records: Iterable[Record]) -> list[str]:
+    count = sum(bool(entry.get("remarks")) for record in records for entry in record["ledger"])
+    return [f"Rows that are kept with a remark in {LEDGER}: {count}."] if count else []
 
 
 def _check_kept(card: Card, manifest: Mapping[str, Any], records: Sequence[Record]) -> None:

@@ -169,12 +169,15 @@ def clip_rows(
     per_second: float,
     least: int,
     size: int,
+    silent: str,
 ) -> tuple[list[RawRow], list[Left], list[str]]:
     """Rows with the sound and the frames of listed clips, those that a split lists again, and notes.
 
     videos: folder at or below which the clips are. usual_name: the file of (id, start) where none is there, for the
-    ledger. The others as in `Sound` and `Video`; size 0 keeps the frames as they are.
+    ledger. The others as in `Sound` and `Video`; size 0 keeps the frames as they are. silent: `drop` rows of clips
+    without sound, or `keep` them with silence.
     """
+    one_of("silent", silent, ("drop", "keep"))
     there, notes = clips_in(raw, videos)
     folder = f"{videos.rstrip('/')}/" if videos else ""
     rows: list[RawRow] = []
@@ -191,7 +194,7 @@ def clip_rows(
                 continue
             file = there.get(one.clip, folder + usual_name(video, start))
             media: dict[str, Media] = {
-                "audio": Sound(file, rate, seconds=seconds),
+                "audio": Sound(file, rate, seconds=seconds, silence=silent == "keep"),
                 "frames": Video(file, per_second=per_second, seconds=seconds, least=least, size=size or None),
             }
             rows.append(RawRow(name, split, one.label, media, {"video_id": video, "start_s": start}))

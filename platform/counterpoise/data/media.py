@@ -184,7 +184,13 @@ def sound(wanted: Sound, files: _Files, limits: Limits, remarks: list[str]) -> b
         if head[:4] in (b"fLaC", b"OggS") or (head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE"):
             wave, rate = _sound_of_soundfile(wanted, file, limits)
         else:
-            wave, rate = _sound_of_container(wanted, file, limits, remarks)
+            try:
+                wave, rate = _sound_of_container(wanted, file, limits, remarks)
+            except MediaError as error:
+                if error.reason != raw.NO_STREAM or not wanted.silence:
+                    raise
+                remarks.append(f"{wanted.path} has no audio; silence is stored")
+                wave, rate = np.zeros(round((wanted.seconds or 0) * wanted.rate), np.float32), wanted.rate
     if not len(wave):
         raise MediaError(raw.TOO_SHORT, f"{wanted.path}: no sound after {wanted.start_s:g} s")
     if not np.isfinite(wave).all():

@@ -35,18 +35,23 @@ DUPLICATE = "duplicate"
 NOT_IN_SPLIT = "not in split"
 BAD_PATH = "path outside the raw folder"
 
+# Of a field that came later: what a part is known by says nothing of it while it has its default.
+LATER = {"later": True}
+
 
 @dataclass(frozen=True)
 class Sound:
     """The sound of a wav, flac, mp3 or video file, as mono FLAC.
 
-    path: below the raw folder. start_s, seconds: the part to take; None takes all that follows. rate: Hz.
+    path: below the raw folder. start_s, seconds: the part to take; None takes all that follows. rate: Hz. silence: a
+    file that has frames but no sound gives `seconds` of silence, and a remark in the ledger.
     """
 
     path: str
     rate: int
     start_s: float = 0.0
     seconds: float | None = None
+    silence: bool = field(default=False, metadata=LATER)
 
 
 @dataclass(frozen=True)
