@@ -304,6 +304,43 @@ SECRETS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("what", "module", "package", "purpose"),
+    [
+        ("soundfile", "soundfile", "soundfile", "sound cannot be read"),
+        ("Pillow", "PIL", "pillow", "pictures cannot be read"),
+        ("PyAV", "av", "av", "videos of downloads cannot be read"),
+        ("OpenCV", "cv2", "opencv-python-headless", "optical flow cannot be computed"),
+        ("pebble", "pebble", "pebble", "downloads cannot be made into corpora"),
+    ],
+)
+def test_a_decoder_that_is_missing_or_broken_is_a_problem_with_a_remedy(monkeypatch, what, module, package, purpose):
+    assert only(list(doctor._decoders()), what).level == "ok"
+    monkeypatch.setitem(sys.modules, module, None)
+    broken = only(list(doctor._decoders()), what)
+    assert broken.level == "problem" and broken.detail.endswith(f": {purpose}")
+    assert broken.remedy == f"uv sync --inexact --reinstall-package {package}"
+    there = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: None if name == package else there(name))
+    missing = only(list(doctor._decoders()), what)
+    assert missing.detail == f"{package} is not installed: {purpose}"
+    assert missing.remedy == "uv sync --inexact"
+
+
+def test_what_an_extra_needs_is_installed_with_that_extra():
+    assert doctor._installing("transformers") == "uv sync --inexact --extra text"
+    assert doctor._installing("ray") == "uv sync --inexact --extra ray"
+    assert doctor._installing("av") == "uv sync --inexact"
+
+
+def test_a_codec_that_is_missing_is_named(monkeypatch):
+    import av
+
+    monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"h264", "flv"})
+    finding = only(list(doctor._decoders()), "PyAV")
+    assert finding.level == "problem" and "cannot read H.264, FLV" in finding.detail
+
+
 def test_no_secret_is_ever_printed(monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)

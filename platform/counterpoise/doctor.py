@@ -282,22 +282,38 @@ def check_version(name: str, version: str, specifier: str = "", remedy: str | No
     return _ok(name, version)
 
 
-def _packages() -> Iterator[Finding]:
+def _needed() -> list[tuple[Any, str]]:
+    """What this installation says it needs on this platform, each with the extra that alone needs it, or none."""
     from packaging.requirements import Requirement
 
+    if installed("counterpoise") is None:
+        return []
+    extras = importlib.metadata.metadata("counterpoise").get_all("Provides-Extra") or []
+    found = []
+    for text in importlib.metadata.requires("counterpoise") or []:
+        needed = Requirement(text)
+        if _applies(needed, ""):
+            found.append((needed, ""))
+        elif extra := next((e for e in extras if _applies(needed, e)), ""):
+            found.append((needed, extra))
+    return found
+
+
+def _installing(package: str) -> str:
+    """The command that installs a package, with the extra that it belongs to."""
+    extra = next((extra for needed, extra in _needed() if needed.name == package), "")
+    return f"{_SYNC} --extra {extra}" if extra else _SYNC
+
+
+def _packages() -> Iterator[Finding]:
     own = installed("counterpoise")
     if own is None:
         yield _note("counterpoise", "runs from its source folder, not installed: versions needed are unknown", _SYNC)
     else:
         yield _ok("counterpoise", own)
-    requirements = [Requirement(text) for text in (importlib.metadata.requires("counterpoise") or [])] if own else []
-    extras = importlib.metadata.metadata("counterpoise").get_all("Provides-Extra") or [] if own else []
     fine: list[str] = []
     seen = set()
-    for needed in requirements:
-        extra = next((e for e in extras if needed.marker and not _applies(needed, "") and _applies(needed, e)), "")
-        if not extra and not _applies(needed, ""):
-            continue  # for another platform
+    for needed, extra in _needed():
         seen.add(needed.name)
         command = f"{_SYNC} --extra {extra}" if extra else _SYNC
         version = installed(needed.name)
@@ -643,12 +659,21 @@ def _storage() -> Iterator[Finding]:
 
 
 def _decoders() -> Iterator[Finding]:
-    for what, check in (("soundfile", _soundfile), ("Pillow", _pillow), ("espeak-ng", _espeak)):
+    for what, package, check, purpose in (
+        ("soundfile", "soundfile", _soundfile, "sound cannot be read"),
+        ("Pillow", "pillow", _pillow, "pictures cannot be read"),
+        ("PyAV", "av", _pyav, "videos of downloads cannot be read"),
+        ("OpenCV", "opencv-python-headless", _opencv, "optical flow cannot be computed"),
+        ("pebble", "pebble", _pebble, "downloads cannot be made into corpora"),
+        ("espeak-ng", "espeakng-loader", _espeak, "the corpus av_digits cannot be made"),
+    ):
         try:
             yield _ok(what, check())
         except Exception as error:
-            package = {"espeak-ng": "espeakng-loader"}.get(what, what.lower())
-            yield _problem(what, _text(error), f"{_SYNC} --reinstall-package {package}")
+            if isinstance(error, ModuleNotFoundError) and installed(package) is None:
+                yield _problem(what, f"{package} is not installed: {purpose}", _installing(package))
+            else:
+                yield _problem(what, f"{_text(error)}: {purpose}", f"{_SYNC} --reinstall-package {package}")
     yield from _git()
 
 
@@ -668,6 +693,41 @@ def _pillow() -> str:
     if missing:
         raise RuntimeError(f"{__version__} cannot read {', '.join(missing)}")
     return f"{__version__}: JPEG, PNG"
+
+
+def _pyav() -> str:
+    """Of FFmpeg, which comes with PyAV, what the videos of the corpora are coded in."""
+    import av
+
+    codecs = {
+        "h264": "H.264",
+        "vp9": "VP9",
+        "mpeg4": "MPEG-4",
+        "flv": "FLV",
+        "aac": "AAC",
+        "mp3": "MP3",
+        "opus": "Opus",
+    }
+    missing = [shown for name, shown in codecs.items() if name not in av.codecs_available]
+    if missing:
+        raise RuntimeError(f"{av.__version__} cannot read {', '.join(missing)}")
+    major, minor, _ = av.library_versions["libavcodec"]
+    return f"{av.__version__} with libavcodec {major}.{minor}: {', '.join(codecs.values())}"
+
+
+def _opencv() -> str:
+    import cv2 as opencv
+
+    cv2: Any = opencv  # its type stubs lack the class for flow
+    cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    return f"{cv2.__version__}: DIS optical flow"
+
+
+def _pebble() -> str:
+    from pebble import ProcessExpired, ProcessPool
+
+    assert ProcessExpired and ProcessPool
+    return f"{installed('pebble')}: processes that may crash or hang"
 
 
 def _espeak() -> str:
