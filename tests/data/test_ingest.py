@@ -27,6 +27,7 @@ from counterpoise.data.recipes import prepare
 
 from . import crema
 from .media_files import tone, write_wav
+from .training import two_epochs
 
 CLIPS = crema.clip_names()
 TEST = [c for c in CLIPS if c[:4] in ("1011", "1012")]
@@ -107,26 +108,10 @@ def test_the_corpus_is_sound_and_has_the_papers_shapes(made):
 
 
 def test_it_can_be_trained_on(made, tmp_path):
-    from counterpoise.config import resolve
-    from counterpoise.engine.comm import SingleComm
-    from counterpoise.engine.job import Job, execute
-    from counterpoise.engine.run import RunFolder
-
-    folder = tmp_path / "small"
-    folder.mkdir()
-    card = yaml.safe_load((Path(made) / "corpus.yaml").read_text())
-    for split in card["splits"].values():
-        if "files" in split:
-            split["files"] = f"{made}/{split['files']}"
-    card["modalities"]["audio"]["preprocess"]["seconds"] = 1
-    card["modalities"]["visual"]["preprocess"]["size"] = [24, 32]
-    (folder / "corpus.yaml").write_text(yaml.safe_dump(card))
-    asked = {"corpus": str(folder), "method": "joint", "modalities": {"audio": "cnn", "visual": "cnn"}, "epochs": 2}
-    experiment, provenance = resolve({**asked, "batch_size": 8, "optim": {"lr": 0.02}})
-    text = yaml.safe_dump(experiment.to_json())
-    run = RunFolder.create(str(tmp_path), "run", experiment_text=text, provenance=provenance, manifest={})
-    summary = execute(Job(experiment.to_json(), run.uri, threads=1), SingleComm())
-    assert summary is not None and summary["test"]["samples"] == 11
+    sets = ["preprocess.audio.seconds=1", "preprocess.visual.size=[32, 32]", "batch_size=16"]
+    summary = two_epochs("cremad", made, tmp_path, *sets)
+    assert summary["test"]["samples"] == 11
+    assert summary["selection"] == "valid accuracy (fused)"
 
 
 def test_one_worker_and_two_make_the_same_bytes(made, spoilt, tmp_path):
