@@ -10,10 +10,8 @@ every method, is chosen on valid, and the test split is looked at once: in the t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -25,7 +23,7 @@ from typing import Any
 
 from counterpoise import storage
 from counterpoise.cli import say
-from counterpoise.config import Experiment, changed_fields, flatten, known_method, parse_set, read_yaml, resolve
+from counterpoise.config import Experiment, changed_fields, flatten, parse_method, parse_set, read_yaml, resolve
 from counterpoise.contracts import (
     ConfigError,
     CounterpoiseError,
@@ -35,7 +33,7 @@ from counterpoise.contracts import (
     ResourceError,
 )
 from counterpoise.data.card import load_card
-from counterpoise.engine.run import MANIFEST, RunFolder, check_name, redact
+from counterpoise.engine.run import MANIFEST, RunFolder, check_name, redact, safe_name
 from counterpoise.methods import METHODS
 from counterpoise.reports.html import write_report
 from counterpoise.reports.records import FUSED, RunData, read_run
@@ -101,9 +99,9 @@ class Asked:
             raise ConfigError(f"comparing {label}: {error}") from None
 
     def trial(self, label: str, seed: int, value: str | None = None) -> Trial:
-        parts = [_safe(label)]
+        parts = [safe_name(label)]
         if self.tune:
-            parts.append(_safe(self.tune.key.rsplit(".", 1)[-1] + (value or "")))
+            parts.append(safe_name(self.tune.key.rsplit(".", 1)[-1] + (value or "")))
         return Trial(label, seed, value, "-".join([*parts, f"seed{seed}"]))
 
     @property
@@ -125,25 +123,6 @@ class Asked:
         ]
 
 
-def parse_method(text: str) -> tuple[str, list[str]]:
-    """A method of --methods as (name, what it sets): "aug:lam=0.2:optim.lr=0.1" sets method.lam and optim.lr."""
-    name, *settings = text.split(":")
-    known_method(name)
-    sets = []
-    for setting in settings:
-        try:
-            key, _ = parse_set(setting)
-        except ConfigError:
-            raise ConfigError(
-                f"--methods {text}: write settings as name:key=value:key=value, e.g. aug:lam=0.2"
-            ) from None
-        section = key.split(".")[0]
-        if "." in key and section in Experiment.model_fields and section != "optim":
-            raise ConfigError(f"--methods {text}: {key} is the same for every method; change it with --set {setting}")
-        sets.append(setting if key.startswith("optim.") else f"method.{setting}")
-    return name, sets
-
-
 def parse_tune(text: str) -> tuple[str, tuple[str, ...]]:
     """`optim.lr=0.01,0.1` as (key, values as text)."""
     key, _, values = text.partition("=")
@@ -156,12 +135,6 @@ def parse_tune(text: str) -> tuple[str, tuple[str, ...]]:
     if len({repr(parse_set(f"{key}={value}")[1]) for value in grid}) < max(2, len(grid)):
         raise ConfigError(f"--tune {text!r}: give two values or more, each once")
     return key, grid
-
-
-def _safe(text: str) -> str:
-    """A label as a part of a folder's name."""
-    text = re.sub(r"[^A-Za-z0-9_.-]", "", text.replace(":", "-"))
-    return text if len(text) <= 60 else f"{text[:52]}-{hashlib.sha256(text.encode()).hexdigest()[:7]}"
 
 
 def _labels(text: str, experiment: Mapping[str, Any], sets: Sequence[str]) -> list[str]:
@@ -282,8 +255,8 @@ def prepare(asked: Asked, labels: Sequence[str], settings: Settings, skip: bool)
         for other, entry in entries.items():
             if entry.seen.experiment.digest == experiment.digest:
                 raise ConfigError(f"--methods: {other} and {label} are the same experiment")
-            if _safe(other) == _safe(label):
-                raise ConfigError(f"--methods: {other} and {label} would share the folder {_safe(label)}")
+            if safe_name(other) == safe_name(label):
+                raise ConfigError(f"--methods: {other} and {label} would share the folder {safe_name(label)}")
         entries[label] = Entry(seen, provenance)
     if not entries:
         raise skipped[0] if skipped else ConfigError("--methods: name methods, e.g. --methods joint,aug, or all")

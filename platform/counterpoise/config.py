@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -314,21 +314,30 @@ def resolve(
     return experiment, provenance
 
 
-def explain(error: ValidationError, source: str, tree: Mapping[str, Any], origins: Mapping[str, str]) -> str:
-    """All problems of an experiment, one line each: key, what is wrong, what would do, where the value came from."""
+def explain(
+    error: ValidationError,
+    source: str,
+    tree: Mapping[str, Any],
+    origins: Mapping[str, str],
+    known: Callable[[Sequence[str], Mapping[str, Any]], list[str]] | None = None,
+) -> str:
+    """All problems of an experiment, one line each: key, what is wrong, what would do, where the value came from.
+
+    known: gives the keys that are allowed at a location, of a file that is no experiment.
+    """
     lines = []
     for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
         text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            known = _known_keys(location[:-1], tree)
-            text = "unknown key" + did_you_mean(location[-1], known)
-            text += f" (known: {', '.join(known)})" if known else ""
+            keys = (known or _known_keys)(location[:-1], tree)
+            text = "unknown key" + did_you_mean(location[-1], keys)
+            text += f" (known: {', '.join(keys)})" if keys else ""
         elif problem["type"] == "missing":
             text = "is missing"
         elif problem["type"] != "value_error":
             text = f"{text}, got {problem['input']!r}"
-        key = ".".join(location) or "experiment"
+        key = ".".join(location) or ("sweep" if known else "experiment")
         lines.append(f"  {key}: {text}" + (f"  [{origins[key]}]" if key in origins else ""))
     return f"{source}: {len(lines)} problem{'s' if len(lines) != 1 else ''}\n" + "\n".join(lines)
 

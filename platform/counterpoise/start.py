@@ -131,15 +131,20 @@ def new_run(
     seen: Preview, provenance: Mapping[str, Any], runs: str, name: str | None, argv: Sequence[str] = ()
 ) -> RunFolder:
     """A new run folder with everything that says what this run is."""
-    experiment = seen.experiment
-    if name is None:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        corpus = Path(experiment.corpus.rstrip("/")).stem
-        name = f"{corpus}-{experiment.method_name}-seed{experiment.seed}-{stamp}"
-    text = yaml.safe_dump(experiment.to_json(), sort_keys=False)
-    return RunFolder.create(
-        runs, name, experiment_text=text, provenance=provenance, manifest=manifest(seen, name, argv)
-    )
+    name = name or default_name(seen.experiment)
+    return RunFolder.create(runs, name, **run_content(seen, provenance, name, argv))
+
+
+def default_name(experiment: Experiment) -> str:
+    """The name of a run that was given none."""
+    corpus = Path(experiment.corpus.rstrip("/")).stem
+    return f"{corpus}-{experiment.method_name}-seed{experiment.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def run_content(seen: Preview, provenance: Mapping[str, Any], name: str, argv: Sequence[str]) -> dict[str, Any]:
+    """What `RunFolder.create` puts into the folder of a run."""
+    text = yaml.safe_dump(seen.experiment.to_json(), sort_keys=False)
+    return {"experiment_text": text, "provenance": provenance, "manifest": manifest(seen, name, argv)}
 
 
 def manifest(seen: Preview, name: str, argv: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from counterpoise.config import Experiment
 from counterpoise.contracts import Comm, ConfigError, CounterpoiseError, DataSource, Interrupted, ResourceError
 from counterpoise.data.card import load_card
 from counterpoise.data.loader import LocalData
-from counterpoise.engine.loop import RunOptions, Trainer
+from counterpoise.engine.loop import Progress, RunOptions, Trainer
 from counterpoise.engine.run import RunFolder
 from counterpoise.methods import METHODS
 
@@ -29,6 +29,7 @@ class Job:
     threads: int = 1  # torch threads of one worker; part of what makes bits equal
     device: str = "cpu"
     data: dict[str, Any] = field(default_factory=dict)  # preprocessing state, as the starting process found it
+    until: int | None = None  # the epoch after which the run is interrupted
 
 
 def chosen_device(name: str) -> str:
@@ -74,10 +75,12 @@ def execute(
     *,
     stop: Callable[[], str | None] | None = None,
     data: DataSource | None = None,
+    on_epoch: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any] | None:
     """Train, test and leave a finished run folder; the summary, on rank 0.
 
     data: an open corpus to use (it is not closed); otherwise this worker opens and closes its own.
+    on_epoch: called after every epoch but the last, when its checkpoint is written; what it raises ends the run there.
     """
     torch.set_num_threads(job.threads)
     if job.device.startswith("cuda"):
@@ -91,7 +94,7 @@ def execute(
         folder.clear_stop()
     opened = data if data is not None else open_data(experiment, comm.rank, comm.world, job.data)
     try:
-        options = RunOptions(job.device, job.checkpoint_every_s, job.resume, stop)
+        options = RunOptions(job.device, job.checkpoint_every_s, job.resume, stop, job.until, on_epoch)
         summary = Trainer(experiment, opened, comm, folder, options).run()
         if folder is not None and summary is not None:
             summary = {"run": folder.name, **summary}

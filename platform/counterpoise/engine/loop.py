@@ -76,6 +76,8 @@ class RunOptions:
     checkpoint_every_s: float = 60.0
     resume: bool = False
     stop: Callable[[], str | None] | None = None  # rank 0's own wish to stop, e.g. after a signal
+    until: int | None = None  # the epoch after which the run is interrupted, on every worker; None: the last
+    on_epoch: Callable[[Progress], None] | None = None  # after every epoch but the last, and its checkpoint; may raise
 
 
 @dataclass
@@ -297,9 +299,16 @@ class Trainer:
     def run(self) -> dict[str, Any] | None:
         """Train to the end and test; the summary, on rank 0."""
         self._begin()
-        while self.progress.epoch <= self.epochs:
+        until = min(self.epochs, self.options.until or self.epochs)
+        while self.progress.epoch <= until:
             self._train_epoch()
             self._end_epoch()
+            if self.options.on_epoch and self.progress.epoch <= self.epochs:
+                self.options.on_epoch(self.progress)
+        if until < self.epochs:
+            self._status(state="interrupted", force=True)
+            self.comm.barrier()
+            raise Interrupted(f"stopped after epoch {until} of {self.epochs}, as asked; continue with --resume")
         return self._finish()
 
     def _begin(self) -> None:

@@ -56,7 +56,7 @@ LOCK = "lock"
 STOP = "stop"
 SUMS = "SHA256SUMS"
 
-STATES = ("created", "running", "interrupted", "failed", "finished")
+STATES = ("created", "running", "interrupted", "stopped", "failed", "finished")  # stopped: early, by a scheduler
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _UNSEALED = {STATUS, LOCK, STOP, SUMS}  # change after the run ends, or are about now and not about the run
@@ -339,7 +339,7 @@ class RunFolder:
         }
         self._status_time = time.monotonic()
         text = _pretty(self._status)
-        durable = state in ("interrupted", "failed", "finished")
+        durable = state not in ("created", "running")
         self._passing(self._heartbeat)
         return self._passing(lambda: storage.write_text(self.at(STATUS), text, durable=durable))
 
@@ -351,7 +351,7 @@ class RunFolder:
             return {}
 
     def state(self) -> str:
-        """created, running, interrupted, failed or finished. A run whose process is gone is not running."""
+        """One of `STATES`. A run whose process is gone is not running."""
         state = str(self.read_status().get("state", "created"))
         if state in ("created", "running"):
             if self.is_locked():
@@ -497,6 +497,12 @@ def check_name(name: str) -> None:
             f"run name {name!r}: up to 100 letters, digits, dashes, dots and underscores; "
             "the first is a letter, a digit or an underscore"
         )
+
+
+def safe_name(text: str) -> str:
+    """Any text, such as "aug:lam=0.2", as a part of a folder's name: 60 characters at most."""
+    text = re.sub(r"[^A-Za-z0-9_.-]", "", text.replace(":", "-"))
+    return text if len(text) <= 60 else f"{text[:52]}-{hashlib.sha256(text.encode()).hexdigest()[:7]}"
 
 
 def list_runs(root_uri: str) -> list[RunFolder]:

@@ -118,6 +118,14 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def adopt(cluster: Cluster) -> None:
+    """In a process that Ray started: `cluster()` gives this one for as long as the process lives.
+
+    cpus and gpus: what the process may use of it.
+    """
+    _open[:] = [cluster]
+
+
 def _check_answers(address: str) -> None:
     """Raise at once if nobody listens at host:port; Ray itself tries for two minutes and writes to the terminal."""
     match = re.fullmatch(r"\[?([^/\[\]]+)\]?:(\d+)", address)

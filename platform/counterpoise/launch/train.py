@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from counterpoise import storage
@@ -32,9 +32,12 @@ def run_ray(
     verbose: bool = False,
     stop: Callable[[], str | None] | None = None,
     max_failures: int = 2,
+    cpus: float = 1.0,
+    gpus: float = 1.0,
 ) -> list[dict[str, Any] | None]:
     """Execute jobs one after another with `workers` Ray Train workers; their summaries.
 
+    cpus, gpus: of each worker; GPUs only with use_gpu.
     address: of a running Ray cluster (default: RAY_ADDRESS); without one, Ray is started on this machine and ended.
     verbose: let Ray write to the terminal.
     stop: asked often for a reason to stop; the running job then writes a checkpoint and Interrupted is raised.
@@ -48,7 +51,8 @@ def run_ray(
         return []
     tasks = max(2, os.cpu_count() or 1)
     with cluster(workers, tasks, address=address, verbose=verbose) as ray:
-        task_cpus = _check_room(ray, workers, use_gpu)
+        resources = {"CPU": cpus, "GPU": gpus} if use_gpu else {"CPU": cpus}
+        task_cpus = _check_room(ray, workers, resources)
         config = {
             "jobs": list(jobs),
             "launch": uuid.uuid4().hex,
@@ -56,40 +60,41 @@ def run_ray(
             "verbose": verbose,
             "task_cpus": task_cpus,
         }
-        _supervise(jobs, lambda: _fit(config, ray, workers, use_gpu, max_failures), stop)
+        _supervise(jobs, lambda: _fit(config, ray, workers, resources, max_failures), stop)
     return summaries(jobs)
 
 
-def _check_room(ray: Cluster, workers: int, use_gpu: bool) -> float:
+def _check_room(ray: Cluster, workers: int, resources: Mapping[str, float]) -> float:
     """CPUs that are left for tasks which read and decode; an error if the workers do not fit."""
-    if use_gpu and ray.gpus < workers:
+    cpus, gpus = workers * resources["CPU"], workers * resources.get("GPU", 0)
+    if ray.gpus < gpus:
         raise ResourceError(
-            f"{workers} workers take a GPU each, but Ray sees {ray.gpus:g} GPUs; use fewer --workers, or --device cpu"
+            f"{workers} workers take {gpus:g} GPUs, but Ray sees {ray.gpus:g}; use fewer --workers, or --device cpu"
         )
-    left = ray.cpus - workers
+    left = ray.cpus - cpus
     if left <= 0:
         raise ResourceError(
-            f"{workers} workers take {workers} CPUs and reading takes at least one more, but the Ray cluster has "
+            f"{workers} workers take {cpus:g} CPUs and reading takes at least one more, but the Ray cluster has "
             f"{ray.cpus:g}; use fewer --workers"
         )
     return left
 
 
-def _fit(config: dict[str, Any], ray: Cluster, workers: int, use_gpu: bool, max_failures: int) -> None:
+def _fit(config: dict[str, Any], ray: Cluster, workers: int, resources: Mapping[str, float], max_failures: int) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
     from counterpoise.launch.trainer import Trainer
     from counterpoise.launch.worker import work
 
-    resources = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
+    use_gpu = "GPU" in resources
     failures: Any = {"max_failures": max_failures, "controller_failure_limit": 3}
     trainer = Trainer(
         work,
         trimmed=ray.own,
         train_loop_config=config,
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=int(TIMEOUT_S)),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=dict(resources)),
         run_config=RunConfig(
             name=f"counterpoise-{config['launch'][:12]}",
             storage_path=os.path.join(ray.folder, "train"),
