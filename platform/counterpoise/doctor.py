@@ -724,9 +724,7 @@ def _opencv() -> str:
 
 
 def _pebble() -> str:
-    from pebble import ProcessExpired, ProcessPool
-
-    assert ProcessExpired and ProcessPool
+    importlib.import_module("pebble")
     return f"{installed('pebble')}: processes that may crash or hang"
 
 
