@@ -1,4 +1,7 @@
+import contextlib
 import copy
+import dataclasses
+import math
 import pickle
 import threading
 
@@ -7,11 +10,11 @@ import pytest
 import torch
 
 from counterpoise.contracts import ConfigError, DataError
-from counterpoise.data import units
+from counterpoise.data import plan, units
 from counterpoise.data.loader import LocalData, bad_budget, in_background
 from counterpoise.data.options import DataOptions
 
-from .conftest import CARD, write_corpus
+from .conftest import CARD, image_bytes, write_corpus
 
 AUGMENT = {"image": ["flip", {"name": "shift", "pixels": 1}], "audio": ["mask", "noise"], "vector": ["dropout"]}
 
@@ -245,10 +248,56 @@ def test_mistakes_are_named_before_anything_is_read(tiny):
         loader(tiny).batches("val").__next__()
 
 
+def test_a_split_knows_the_bytes_of_its_rows(tiny, rows):
+    index = loader(tiny).indexes["train"]
+    media = sum(len(row["audio"]) + len(row["image"]) for row in rows["train"])
+    assert media < index.num_bytes < 2 * media + 1000 * len(index)
+
+
+def test_windows_are_bounded_by_bytes_too(tmp_path, rows):
+    """Noise pictures of a megabyte: of a hundred rows a window of 8 MiB holds few."""
+    big = copy.deepcopy(rows)
+    noise = np.random.default_rng(0).integers(0, 255, (320, 1100, 3), dtype=np.uint8)
+    for row in big["train"]:
+        row["image"] = image_bytes(noise)
+    card = write_corpus(tmp_path, big)
+    data = loader(card, shuffle_mib=8, shuffle_window=1000)
+    num_bytes = data.indexes["train"].num_bytes
+    windows = plan.epoch_order(data.indexes["train"].group_sizes, 0, 1, 1000, plan.windows_for(num_bytes, 8 * 2**20))
+    assert len(windows) > 5
+    cached = loader(card, cache="on", shuffle_mib=8, shuffle_window=1000)
+    for found in (data, cached):
+        assert torch.cat([b["row"] for b in found.train_batches(1)]).tolist() == np.concatenate(windows).tolist()
+
+
+def test_decoded_rows_are_let_go(tiny):
+    data = loader(tiny, cache="off")
+    index = data.indexes["train"]
+    (unit,) = plan.evaluation_units("train", index.group_pairs, index.group_sizes, block=32, rows=range(32))
+    unit = dataclasses.replace(unit, pieces=tuple(plan.Piece(b, 8 * b, 8 * b + 8) for b in range(4)))
+    raw = units.read_window(index, unit, data.decoder.modalities)
+    left = [len(raw.held)] + [len(raw.held) for _ in units.decode_unit(unit, raw, data.decoder)]
+    assert left == [32, 24, 16, 8, 0]
+    assert raw.cells(3).keys() == set(data.modalities)  # and can be had again
+
+
+def test_a_window_is_read_as_far_as_it_is_wanted(tiny):
+    data = loader(tiny, cache="off")
+    index = data.indexes["train"]
+    how = {"seed": 0, "epoch": 1, "batch_size": 8, "shuffle_window": 1000}
+    unit = next(plan.rank_units("train", index.group_pairs, index.group_sizes, **how))
+    with contextlib.closing(units.Reader(index, data.decoder.modalities)) as reader:
+        window = units.Window(index, unit, data.decoder.modalities, reader)
+        read = []
+        for share in (0.0, 0.3, 0.5, 1.0):
+            window.advance(share)
+            read.append(len({index.place(row)[:2] for row in window._raw.held}))
+        assert read == [0, math.ceil(0.3 * len(unit.groups)), math.ceil(0.5 * len(unit.groups)), len(unit.groups)]
+        assert sorted(window.rows().held) == sorted(unit.rows().tolist())
+
+
 def test_units_can_be_worked_on_elsewhere(tiny):
     """What a task on another machine does: everything crosses as a pickle."""
-    from counterpoise.data import plan
-
     data = loader(tiny, cache="off")
     index = data.indexes["train"]
     pieces = []

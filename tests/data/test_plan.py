@@ -71,6 +71,36 @@ def test_windows_hold_whole_row_groups_and_enough_rows():
             assert np.isin(np.arange(a, b), window).sum() in (0, b - a)
 
 
+@pytest.mark.parametrize("least", [1, 2, 3, 5, 9, 40])
+def test_windows_can_be_more_than_rows_ask_for_and_hold_all_rows(least):
+    windows = plan.epoch_order(SIZES, seed=3, epoch=1, shuffle_window=20, least_windows=least)
+    assert len(windows) == min(max(least, 2), len(SIZES))
+    assert sorted(np.concatenate(windows)) == list(range(56))
+    if least > 2:  # as many row groups in each, give or take one
+        starts = np.cumsum(SIZES)
+        groups = [len(set(np.searchsorted(starts, w, side="right"))) for w in windows]
+        assert max(groups) - min(groups) <= 1
+    else:
+        usual = plan.epoch_order(SIZES, seed=3, epoch=1, shuffle_window=20)
+        assert all(np.array_equal(a, b) for a, b in zip(windows, usual, strict=True))
+
+
+def test_as_many_windows_as_their_bytes_ask_for():
+    assert plan.windows_for(0, 100) == 1
+    assert plan.windows_for(100, 100) == 1
+    assert plan.windows_for(101, 100) == 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_small_windows_make_the_same_batches_for_any_number_of_workers(world):
+    alone = rows_by_batch(least_windows=5)
+    together = {}
+    for rank in range(world):
+        for batch, rows in rows_by_batch(rank=rank, world=world, least_windows=5).items():
+            together.setdefault(batch, []).extend(rows)
+    assert together == alone
+
+
 def test_a_small_split_is_one_permutation_across_row_groups():
     (window,) = plan.epoch_order(SIZES, seed=0, epoch=1, shuffle_window=56)
     assert sorted(window) == list(range(56))

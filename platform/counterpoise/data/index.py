@@ -26,6 +26,7 @@ class SplitIndex:
     """The rows of one split in canonical order: by file name, then as they lie in the file.
 
     group_pairs [G, 2]: file number and row group of the row groups in row order; group_sizes [G]: their rows here.
+    num_bytes: of these rows as they are stored, all columns, not compressed.
     position [N]: a row's place inside its row group, which may hold rows of other splits too.
     """
 
@@ -37,6 +38,7 @@ class SplitIndex:
     position: np.ndarray
     labels: np.ndarray
     sample_ids: list[str]
+    num_bytes: int
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -141,6 +143,7 @@ class _Rows:
     file: np.ndarray
     group: np.ndarray
     position: np.ndarray
+    size: np.ndarray  # bytes; the same for all rows of a row group
     columns: dict[str, list[Any]]
     ids: list[str]
 
@@ -159,7 +162,7 @@ def _read_light(card: Card, split: SplitCard, name: str, extra: Iterable[str]) -
     files = split_files(card, split, name)
     light = list(dict.fromkeys([card.label, *split.where, *extra, *([card.sample_id] if card.sample_id else [])]))
     needed = [*light, *(c for m in card.modalities.values() for c in columns_of(m))]
-    parts: list[tuple[int, int, int]] = []
+    parts: list[tuple[int, int, int, int]] = []
     columns: dict[str, list[Any]] = {c: [] for c in light}
     ids: list[str] = []
     for number, uri in enumerate(files):
@@ -172,7 +175,8 @@ def _read_light(card: Card, split: SplitCard, name: str, extra: Iterable[str]) -
                         f"{did_you_mean(column, names)}; its columns are: {', '.join(names)}"
                     )
             meta = parquet.metadata
-            parts += [(number, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
+            groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
+            parts += [(number, g, group.num_rows, group.total_byte_size) for g, group in enumerate(groups)]
             try:
                 table = parquet.read(columns=light)
             except (pa.ArrowException, OSError) as error:
@@ -193,6 +197,7 @@ def _read_light(card: Card, split: SplitCard, name: str, extra: Iterable[str]) -
         np.repeat(np.array([p[0] for p in parts], dtype=np.int64), sizes),
         np.repeat(np.array([p[1] for p in parts], dtype=np.int64), sizes),
         np.concatenate([np.arange(n) for n in sizes]) if len(sizes) else np.zeros(0, np.int64),
+        np.repeat(np.array([p[3] / max(p[2], 1) for p in parts]), sizes),
         columns,
         ids,
     )
@@ -281,7 +286,7 @@ def _index(card: Card, name: str, rows: _Rows, keep: np.ndarray) -> SplitIndex:
     unique, counts = np.unique(pairs, axis=0, return_counts=True)  # sorted, as the rows are
     return SplitIndex(
         card.name, name, tuple(rows.files), unique.astype(np.int64), counts.astype(np.int64),
-        rows.position[chosen], labels, ids,
+        rows.position[chosen], labels, ids, round(float(rows.size[chosen].sum())),
     )  # fmt: skip
 
 

@@ -304,7 +304,7 @@ def make_part(part: Part, work: Work, readers: Readers, tick: Callable[[], None]
             future.cancel()
     shard = None
     if rows:
-        data = parquet_bytes(rows, work.schema, _group_rows(rows))
+        data = parquet_bytes(rows, work.schema, group_rows(rows))
         storage.write_bytes(storage.join(work.out, part.shard), data)
         shard = {
             "file": part.shard,
@@ -330,7 +330,7 @@ def _check_reach(work: Work) -> None:
             )
 
 
-def _group_rows(rows: Sequence[Mapping[str, Any]]) -> int:
+def group_rows(rows: Sequence[Mapping[str, Any]]) -> int:
     def weight(value: Any) -> int:
         return len(value) if isinstance(value, bytes) else sum(map(weight, value)) if isinstance(value, list) else 8
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from counterpoise.data.decode import Decoder, RowError, Stats, compact_dtype, in
 from counterpoise.data.index import SplitIndex, fingerprint, open_splits
 from counterpoise.data.options import DataOptions
 from counterpoise.data.transforms import assemble, augmented, check_augment
-from counterpoise.data.units import Decoded, Reader, all_bad, decode_unit, good_rows, read_window, train_stats
+from counterpoise.data.units import Decoded, Reader, Window, all_bad, decode_unit, good_rows, train_stats
 
 if TYPE_CHECKING:
     from counterpoise.contracts import Batch
@@ -64,6 +64,7 @@ class LocalData:
         self.decoder = Decoder(chosen, stats)
         self.modalities: tuple[str, ...] = tuple(chosen)
         self.classes: tuple[str, ...] = self.card.class_names
+        self.selects_on: Literal["valid", "test"] = self.card.selects_on
         self.inputs: Mapping[str, InputSpec] = {n: input_spec(m, stats.get(n)) for n, m in chosen.items()}
         self.fingerprint: str = fingerprint(self.card, self.indexes, self.modalities)
         self.cached = self.options.cache == "on" or (
@@ -123,8 +124,13 @@ class LocalData:
             world=self.world,
             start=start,
             max_batches=self._batches_of_a_unit(),
+            least_windows=self.least_windows("train"),
         )
         return self._batches("train", units, epoch)
+
+    def least_windows(self, split: str) -> int:
+        """So many that the encoded rows of one window fit into the memory that is meant for them."""
+        return plan.windows_for(self._index(split).num_bytes, self.options.shuffle_mib * 2**20)
 
     def _batches_of_a_unit(self) -> int | None:
         """At most so many batches are one unit of work; None: all of a window."""
@@ -175,7 +181,8 @@ class LocalData:
                 yield assemble(arrays, index.labels[whole.rows], whole.rows, self._cards()), whole.skipped
 
     def _decoded_batches(self, split: str, units: Iterable[plan.Unit]) -> Generator[Decoded, None, None]:
-        """Decoded pieces of the units, in order: one window is decoded while the next is read."""
+        """Decoded pieces of the units, in order. While one window is decoded and its encoded rows go, the next is read
+        and its rows come, so that memory holds hardly more than one."""
         index = self.indexes[split]
         cards = self._cards()
         reader = Reader(index, cards)
@@ -184,15 +191,16 @@ class LocalData:
             ThreadPoolExecutor(self.options.decode_threads, "decode") as pool,
             ThreadPoolExecutor(1, "read") as ahead,
         ):
-            upcoming = iter(units)
-            unit = next(upcoming, None)
-            future = ahead.submit(read_window, index, unit, cards, reader) if unit else None
-            while unit is not None and future is not None:
-                raw = future.result()
-                following = next(upcoming, None)
-                future = ahead.submit(read_window, index, following, cards, reader) if following else None
-                yield from decode_unit(unit, raw, self.decoder, pool)
-                unit = following
+            windows = (Window(index, unit, cards, reader, ahead) for unit in units)
+            window = next(windows, None)
+            while window is not None:
+                pieces = decode_unit(window.unit, window.rows(), self.decoder, pool)
+                following = next(windows, None)
+                for number in range(len(window.unit.pieces)):
+                    if following is not None:
+                        following.advance((number + 1) / len(window.unit.pieces))
+                    yield next(pieces)
+                window = following
 
     # The cache
 

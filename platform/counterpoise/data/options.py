@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 
 class _Op(BaseModel):
@@ -81,12 +81,18 @@ Op = Annotated[
 
 
 class DataOptions(BaseModel):
-    """How a corpus is read. Nothing but `shuffle_window`, `bad_samples` and `augment` can change a number."""
+    """How a corpus is read. Nothing but `shuffle_window`, `shuffle_mib`, `bad_samples` and `augment` can change a
+    number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shuffle_window: int = Field(
         default=8192, ge=1, description="rows shuffled together; a smaller split is one permutation"
+    )
+    shuffle_mib: int = Field(
+        default=512,
+        ge=1,
+        description="encoded MiB shuffled together: the memory that streaming takes; lowers shuffle_window if need be",
     )
     cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)] = Field(
         default="auto", description="keep decoded rows in memory"
@@ -104,3 +110,11 @@ class DataOptions(BaseModel):
         default_factory=dict,
         description="per modality, changes made to training samples, in order; `rgb+flow` changes both alike",
     )
+
+    @model_serializer(mode="wrap")
+    def _older_digests_hold(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`shuffle_mib` came later: it is saved, and in the digest, where it is not the default."""
+        data: dict[str, Any] = default(self)
+        if self.shuffle_mib == type(self).model_fields["shuffle_mib"].default:
+            del data["shuffle_mib"]
+        return data

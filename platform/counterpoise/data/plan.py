@@ -53,20 +53,30 @@ class Unit:
         return np.concatenate([self.order[p.start : p.stop] for p in self.pieces])
 
 
+def windows_for(num_bytes: int, window_bytes: int) -> int:
+    """The least number of windows of which each has about `window_bytes` at most."""
+    return max(1, -(-num_bytes // window_bytes))
+
+
 def epoch_order(
-    group_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int, shuffle_window: int
+    group_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int, shuffle_window: int, least_windows: int = 1
 ) -> list[np.ndarray]:
     """Windows of row numbers that together hold every row once, in training order.
 
     Every window has at least `shuffle_window` rows (what remains joins the last one); a split of no more rows than
-    that is one full permutation.
+    that is one full permutation. Where that would be fewer than `least_windows`, there are as many of those as there
+    are row groups for, each of nearly as many row groups as the others.
     """
     sizes = np.asarray(group_sizes, dtype=np.int64)
     total = int(sizes.sum())
     rng = generator("order", seed, epoch)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    least_windows = min(least_windows, len(sizes))
+    if least_windows > max(1, total // shuffle_window):
+        parts = np.array_split(rng.permutation(len(sizes)), least_windows)
+        return [rng.permutation(np.concatenate([np.arange(starts[g], starts[g + 1]) for g in part])) for part in parts]
     if total <= shuffle_window:
         return [rng.permutation(total)]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
     gathered: list[list[np.ndarray]] = [[]]
     count = 0
     for group in rng.permutation(len(sizes)):
@@ -131,6 +141,7 @@ def rank_units(
     world: int = 1,
     start: int = 0,
     max_batches: int | None = None,
+    least_windows: int = 1,
 ) -> Iterator[Unit]:
     """What worker `rank` has to read and decode in an epoch, from global batch `start` on.
 
@@ -142,7 +153,7 @@ def rank_units(
     edges = bounds(int(sizes.sum()), batch_size)
     first_batch = start
     lo = 0
-    for window, order in enumerate(epoch_order(sizes, seed, epoch, shuffle_window)):
+    for window, order in enumerate(epoch_order(sizes, seed, epoch, shuffle_window, least_windows)):
         hi = lo + len(order)
         pieces = []
         batch = first_batch

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,11 +64,11 @@ class Reader:
 
 @dataclass
 class RawRows:
-    """Encoded rows of one window: Arrow tables by (file, row group). Others are read when they are asked for."""
+    """Encoded rows by number, as far as they are held. Others are read when they are asked for, and not kept."""
 
     index: SplitIndex
     modalities: dict[str, AnyModality]
-    tables: dict[tuple[int, int], Any]
+    held: dict[int, dict[str, Any]] = field(default_factory=dict)
     _reader: Reader | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,12 +76,24 @@ class RawRows:
 
     def cells(self, row: int) -> dict[str, Any]:
         """The encoded cell of every modality of a row."""
+        held = self.held.get(row)
+        return self._read(row) if held is None else held
+
+    def hold(self, rows: Iterable[int]) -> None:
+        """Read rows and keep them: copies, so that the rest of their row groups takes no memory."""
+        for row in rows:
+            self.held[row] = self._read(row)
+
+    def release(self, rows: Iterable[int]) -> None:
+        """Keep rows no longer: they are decoded."""
+        for row in rows:
+            self.held.pop(row, None)
+
+    def _read(self, row: int) -> dict[str, Any]:
         file, group, position = self.index.place(row)
-        table = self.tables.get((file, group))
-        if table is None:
-            if self._reader is None:
-                self._reader = Reader(self.index, self.modalities)
-            table = self._reader.table(file, group)
+        if self._reader is None:
+            self._reader = Reader(self.index, self.modalities)
+        table = self._reader.table(file, group)
         result = {}
         for name, modality in self.modalities.items():
             columns = columns_of(modality)
@@ -91,14 +103,51 @@ class RawRows:
 
 
 def _plain(scalar: Any) -> Any:
-    """A Python value; lists of numbers as numpy arrays, which is much faster than as_py()."""
+    """A Python value of its own memory; lists of numbers as numpy arrays, which is much faster than as_py()."""
     import pyarrow as pa
 
     if isinstance(scalar, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar) and scalar.is_valid:
         kind = scalar.values.type
         if pa.types.is_floating(kind) or pa.types.is_integer(kind):
-            return scalar.values.to_numpy(zero_copy_only=False)
+            return np.array(scalar.values.to_numpy(zero_copy_only=False))
     return scalar.as_py()
+
+
+class Window:
+    """The encoded rows that a unit needs, read row group by row group, by `pool` or at once."""
+
+    def __init__(
+        self,
+        index: SplitIndex,
+        unit: Unit,
+        modalities: dict[str, AnyModality],
+        reader: Reader,
+        pool: Executor | None = None,
+    ) -> None:
+        self.unit = unit
+        self._raw = RawRows(index, modalities, {}, reader)
+        self._pool = pool
+        self._waiting: dict[tuple[int, int], list[int]] = {group: [] for group in unit.groups}
+        for row in unit.rows().tolist():
+            self._waiting[index.place(row)[:2]].append(row)
+        self._num_groups = len(self._waiting)
+        self._under_way: list[Future[None]] = []
+
+    def advance(self, share: float) -> None:
+        """Have at least this share of the row groups read, or on their way."""
+        while self._waiting and self._num_groups - len(self._waiting) < share * self._num_groups:
+            rows = self._waiting.pop(next(iter(self._waiting)))
+            if self._pool is None:
+                self._raw.hold(rows)
+            else:
+                self._under_way.append(self._pool.submit(self._raw.hold, rows))
+
+    def rows(self) -> RawRows:
+        """All of them."""
+        self.advance(1.0)
+        for future in self._under_way:
+            future.result()
+        return self._raw
 
 
 def read_window(
@@ -107,11 +156,10 @@ def read_window(
     """The encoded rows that a unit needs."""
     own = Reader(index, modalities) if reader is None else reader
     try:
-        tables = {(file, group): own.table(file, group) for file, group in unit.groups}
+        return Window(index, unit, modalities, own).rows()
     finally:
         if reader is None:
             own.close()
-    return RawRows(index, modalities, tables, reader)
 
 
 @dataclass
@@ -136,7 +184,7 @@ def _decode_row(raw: RawRows, decoder: Decoder, row: int) -> dict[str, np.ndarra
 
 def decode_unit(unit: Unit, raw: RawRows, decoder: Decoder, pool: Executor | None = None) -> Iterator[Decoded]:
     """The unit's pieces in order. In training a bad row is replaced by the next good one in the window's order
-    (cyclic); in evaluation it is left out."""
+    (cyclic); in evaluation it is left out. Encoded rows are released when their piece is decoded."""
     bad: dict[int, RowError] = {}
     for piece in unit.pieces:
         rows = unit.order[piece.start : piece.stop].tolist()
@@ -162,6 +210,7 @@ def decode_unit(unit: Unit, raw: RawRows, decoder: Decoder, pool: Executor | Non
             taken.append(row)
             good.append(result)
         arrays = {name: np.stack([g[name] for g in good]) for name in decoder.modalities} if good else {}
+        raw.release(rows)
         yield Decoded(piece.batch, np.array(taken, dtype=np.int64), arrays, skipped)
 
 
@@ -201,8 +250,7 @@ def _cells(index: SplitIndex, modality: AnyModality, groups: Iterable[int]) -> I
     starts = index.group_starts
     try:
         for group in groups:
-            file, number = (int(v) for v in index.group_pairs[group])
-            raw = RawRows(index, {"": modality}, {(file, number): reader.table(file, number)}, reader)
+            raw = RawRows(index, {"": modality}, {}, reader)
             for row in range(int(starts[group]), int(starts[group + 1])):
                 value = raw.cells(row)[""]
                 if value is not None:

@@ -85,7 +85,7 @@ class RayData(LocalData):
         if self.cached:
             return None
         num_rows = len(self._index("train"))
-        num_windows = max(1, num_rows // self.options.shuffle_window)
+        num_windows = max(1, num_rows // self.options.shuffle_window, self.least_windows("train"))
         wanted = 3 * self.tasks
         if num_windows >= wanted:
             return None
