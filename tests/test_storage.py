@@ -273,11 +273,11 @@ def test_a_server_that_misbehaves_is_given_up_within_the_deadline(behave, monkey
         use_server(monkeypatch, endpoint)
         start = time.monotonic()
         with (
-            storage.limits(deadline_s=3.0, read_s=0.4, backoff_s=0.1, backoff_max_s=0.2, attempts=4),
+            storage.limits(deadline_s=6.0, read_s=0.4, backoff_s=0.1, backoff_max_s=0.2, attempts=4),
             pytest.raises(ResourceError, match=r"s3://bucket/key: .*failed after"),
         ):
             storage.read_bytes("s3://bucket/key")
-        assert time.monotonic() - start < 9.0  # the deadline of HEAD and that of GET, and starting the client
+        assert time.monotonic() - start < 15.0  # the deadline of HEAD and that of GET, and starting the client
         assert 1 <= len(requests) <= 10
 
 
@@ -311,7 +311,7 @@ def test_without_credentials_the_error_says_which_to_set(monkeypatch, tmp_path):
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    with pytest.raises(ResourceError, match="no credentials; set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(ResourceError, match=r"no credentials; set AWS_ACCESS_KEY_ID.* or AWS_PROFILE"):
         storage.read_bytes("s3://bucket/key")
 
 

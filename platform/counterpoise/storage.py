@@ -6,10 +6,13 @@ config.
 
 S3 clients do not protect from a slow server: one that drips a few bytes per second holds them for ever. So
 every remote operation, with all its retries, has a deadline of ours (base plus size over a least throughput),
-and ours is the only layer that retries. Local paths skip all of that.
+and ours is the only layer that retries: botocore and s3fs try once. What may pass (no connection, silence, 5xx, 429)
+is tried up to 8 times within 60 s and a second per megabyte, with random pauses that double up to 10 s; see `Limits`.
+What will not pass (no such bucket, access denied, no credentials, no S3 server) is said at once. Local paths skip
+all of that.
 
 Errors: `DataError` for what is not there, `ResourceError` for what cannot be reached, read or written. Both
-name the place and carry no credentials.
+name the place, and the server where it matters, and carry no credentials.
 """
 
 from __future__ import annotations
@@ -103,11 +106,19 @@ def local_path(uri: str) -> str:
     return str(filesystem(uri)[1])
 
 
+def _endpoint() -> tuple[str, str]:
+    """The variable that names the server of object storage, and its value; both empty for Amazon's."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if value := os.environ.get(name):
+            return name, value
+    return "", ""
+
+
 def _s3_options() -> dict[str, Any]:
     now = _limits.get()
     return {
         # Part of the instance's cache key here, so that a changed environment gives another client.
-        "endpoint_url": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None,
+        "endpoint_url": _endpoint()[1] or None,
         "use_listings_cache": False,
         "config_kwargs": {
             "retries": {"total_max_attempts": 1},
@@ -123,7 +134,11 @@ def _s3_options() -> dict[str, Any]:
 def exists(uri: str) -> bool:
     if is_local(uri):
         return os.path.exists(local_path(uri))
-    return bool(_remote(uri, "exists"))
+    try:
+        _info(uri)
+    except DataError:
+        return False
+    return True
 
 
 def size(uri: str) -> int:
@@ -356,8 +371,15 @@ class _RemoteFile(io.RawIOBase):
         return len(data)
 
 
-def _remote_size(uri: str) -> int:
+def _info(uri: str) -> Any:
     info = _remote(uri, "info")
+    if "text/html" in str(info.get("ContentType")) and not uri.endswith((".html", ".htm")):
+        raise ResourceError(f"{show(uri)}: a web page comes in its place{_advice()}")
+    return info
+
+
+def _remote_size(uri: str) -> int:
+    info = _info(uri)
     if info.get("type") == "directory":
         raise DataError(f"{show(uri)}: there is no such file (it is a folder)")
     return int(info["size"] or 0)
@@ -389,24 +411,84 @@ def _remote(uri: str, operation: str, *args: Any, num_bytes: int = 0, **options:
     except (CounterpoiseError, FileExistsError):
         raise
     except FileNotFoundError as error:
-        raise DataError(f"{show(uri)}: there is no such file or bucket") from error
+        if "NoSuchBucket" in _codes(error):
+            raise ResourceError(
+                f"{show(uri)}: there is no bucket {_bucket(uri)}{_at_server()}; make it, or correct its name or "
+                f"{_server_variable()}"
+            ) from error
+        raise DataError(f"{show(uri)}: there is no such file") from error
     except PermissionError as error:
+        said = ", ".join(sorted(_codes(error) - {"403"})) or str(error)
         raise ResourceError(
-            f"{show(uri)}: access denied ({error}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
-            "AWS_SESSION_TOKEN and the rights of the key"
+            f"{show(uri)}: access denied{_at_server()} ({show(said)}); check AWS_PROFILE, or AWS_ACCESS_KEY_ID, "
+            f"AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, and that the key may use the bucket {_bucket(uri)}"
         ) from error
     except Exception as error:
-        if "Credentials" in type(error).__name__:
-            raise ResourceError(
-                f"{show(uri)}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-                "(and AWS_ENDPOINT_URL_S3 for a server that is not Amazon's)"
-            ) from error
-        what = "no answer" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
-        tried = f"{tries} {'try' if tries == 1 else 'tries'}"
-        raise ResourceError(
-            f"{show(uri)}: {operation.replace('_file', '')} failed after {tried}, deadline {allowed:.0f} s: "
-            f"{show(' '.join(what.split()))}"
-        ) from error
+        tried = f"{operation.replace('_file', '')} failed after {tries} {'try' if tries == 1 else 'tries'}"
+        raise _remote_error(uri, error, f"{tried}, deadline {allowed:.0f} s") from error
+
+
+def _remote_error(uri: str, error: Exception, tried: str) -> CounterpoiseError:
+    """What went wrong with a server, as an error that says what to change."""
+    kind, text = type(error).__name__, show(" ".join(str(error).split()))
+    kinds = {type(e).__name__ for e in _chain(error)}
+    if kind == "ProfileNotFound":
+        return ConfigError(
+            f"{show(uri)}: AWS_PROFILE is '{os.environ.get('AWS_PROFILE', '')}', which is neither in ~/.aws/config nor "
+            "in ~/.aws/credentials; change or unset it"
+        )
+    if "Credentials" in kind:
+        return ResourceError(
+            f"{show(uri)}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "
+            "(and AWS_ENDPOINT_URL_S3 for a server that is not Amazon's)"
+        )
+    if "Invalid endpoint" in text:
+        name, value = _endpoint()
+        return ConfigError(f"{show(uri)}: {name} is '{show(value)}'; give a URL such as https://s3.example.org")
+    if kinds & {"gaierror", "ClientConnectorDNSError"}:
+        return ResourceError(f"{show(uri)}: {tried}: the name of its server is not known to DNS{_advice()}")
+    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionRefusedError"):
+        return ResourceError(f"{show(uri)}: {tried}: cannot connect{_advice()}")
+    if kind == "ResponseParserError" or _codes(error) & {"", "404", "405"}:
+        return ResourceError(f"{show(uri)}: {tried}: what answers is no S3 server{_advice()}")
+    if isinstance(error, TimeoutError) or kind in ("ReadTimeoutError", "FSTimeoutError"):
+        return ResourceError(f"{show(uri)}: {tried}: no answer{_advice()}, or try again later")
+    return ResourceError(f"{show(uri)}: {tried}: {kind}: {text}")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    here: BaseException | None = error
+    while here is not None and id(here) not in seen:
+        seen.add(id(here))
+        yield here
+        here = here.__cause__ or here.__context__
+
+
+def _codes(error: BaseException) -> set[str]:
+    """Codes that the server gave, such as NoSuchBucket; an empty one for an answer that is not S3's."""
+    answers = (getattr(e, "response", None) for e in _chain(error))
+    return {str(a.get("Error", {}).get("Code", "")) for a in answers if isinstance(a, dict)}
+
+
+def _bucket(uri: str) -> str:
+    return show(uri).partition("://")[2].partition("/")[0]
+
+
+def _at_server() -> str:
+    value = _endpoint()[1]
+    return f" at {show(value)}" if value else " at Amazon S3"
+
+
+def _server_variable() -> str:
+    return _endpoint()[0] or "AWS_ENDPOINT_URL_S3, if the server is not Amazon's"
+
+
+def _advice() -> str:
+    name, value = _endpoint()
+    if name:
+        return f"; {name} is {show(value)}: check that this is the address of the S3 server, and that it runs"
+    return "; check the network, or set AWS_ENDPOINT_URL_S3 if the server is not Amazon's"
 
 
 def _within(seconds: float, fs: Any, operation: str, path: str, *args: Any, **options: Any) -> Any:
