@@ -6,10 +6,12 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from counterpoise.contracts import DataError
 from counterpoise.data.lists import Line, lines, one_of
 from counterpoise.data.raw import DUPLICATE, Left, Listing, Pictures, Raw, RawRow
+from counterpoise.data.tweets import with_tokenizer
 
 CLASSES = ("not_sarcastic", "sarcastic")  # written as 0, 1
 # Words with which the tweets were found or which give the label away; the pictures of such rows are not distributed.
@@ -33,12 +35,14 @@ def listing(
     labels: str = "human",
     cues: str = "drop",
     size: int = 256,
+    tokenizer: str = "",
 ) -> Listing:
     """Rows of MMSD's lists of literals, or of MMSD2.0's JSON where a list's name ends with .json.
 
     train, valid, test: lists, below the raw folder, absolute or s3://. images: folder of the pictures.
     labels: `human` or `hashtag`; where a row has both, they come in the order hashtag, human. cues: `drop` or `keep`
     rows of train, valid and test with one of the words of `CUES`. size: shorter side in pixels, 0 keeps it.
+    tokenizer: of the card, see `adapt_card`.
     """
     one_of("labels", labels, ("human", "hashtag"))
     one_of("cues", cues, ("drop", "keep"))
@@ -65,6 +69,11 @@ def listing(
             label = CLASSES[human if labels == "human" else hashtag]
             rows.append(RawRow(tweet, split, label, {"image": picture}, {"text": text}))
     return Listing(rows, left, expected)
+
+
+def adapt_card(content: dict[str, Any], *, tokenizer: str, **_: Any) -> dict[str, Any]:
+    """The card as plain data. tokenizer: of Hugging Face, for text; "" leaves hashed words."""
+    return with_tokenizer(content, tokenizer)
 
 
 def _literals(raw: Raw, path: str) -> Iterator[tuple[Line, str, str, int, int]]:

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from counterpoise.contracts import ConfigError, DataError
+from counterpoise.data.card import Card
 
 from .raw_lists import by_split, card, check_sound, make_raw, reasons, recipe
 
@@ -130,3 +131,10 @@ def test_a_wrong_option_names_what_would_do(tmp_path):
         recipe("sarcasm").listing(raw_of(tmp_path), labels="people")
     with pytest.raises(ConfigError, match="option cues is 'dropp', did you mean 'drop'"):
         recipe("sarcasm").listing(raw_of(tmp_path), cues="dropp")
+
+
+def test_a_tokenizer_can_be_chosen_for_the_card():
+    module, content = recipe("sarcasm"), card("sarcasm").model_dump(mode="json", exclude_unset=True)
+    assert module.adapt_card(content, tokenizer="", size=256) == content
+    text = Card.model_validate(module.adapt_card(content, tokenizer="/models/bert", size=256)).modalities["text"]
+    assert (text.pair, text.preprocess.tokenizer, text.preprocess.max_length) == (None, "/models/bert", 128)

@@ -1,7 +1,12 @@
+import numpy as np
 import pytest
 
 from counterpoise.contracts import ConfigError, DataError
+from counterpoise.data.card import Card, load_card
+from counterpoise.data.loader import LocalData
+from counterpoise.data.recipes import prepare
 
+from .media_files import write_picture
 from .raw_lists import by_split, card, check_sound, make_raw, reasons, recipe
 
 FOLDER = {"twitter15": "absa_data/twitter2015", "twitter17": "absa_data/twitter"}
@@ -135,7 +140,51 @@ def test_a_list_that_is_empty_or_absent_is_an_error(tmp_path, name):
         recipe(name).listing(raw_of(tmp_path, name), test="nowhere.tsv")
 
 
-@pytest.mark.parametrize("option", ["text", "repeats", "overlap"])
+def test_a_tokenizer_and_the_target_as_second_text_can_be_chosen_for_the_card(name, tmp_path):
+    module, content = recipe(name), card(name).model_dump(mode="json", exclude_unset=True)
+    assert module.adapt_card(content, tokenizer="", pair="none", size=256) == content
+    made = module.adapt_card(content, tokenizer="s3://b/bert", pair="target", size=256)
+    text = Card.model_validate(made).modalities["text"]
+    assert (text.pair, text.preprocess.tokenizer, text.preprocess.max_length) == ("target", "s3://b/bert", 128)
+    assert made["modalities"]["image"] == content["modalities"]["image"]
+    single = module.adapt_card(content, tokenizer="google-bert/bert-base-uncased", pair="none", size=256)
+    assert Card.model_validate(single).modalities["text"].pair is None
+    assert "words-v1" in content["protocols"] and list(single["protocols"]) == ["aug-v1"] and not made["protocols"]
+    assert content["modalities"]["text"]["preprocess"]["vocabulary"] == 30522, "the recipe's own card stays"
+    with pytest.raises(ConfigError, match="option pair is 'target', which needs a tokenizer"):
+        module.adapt_card(content, tokenizer="", pair="target", size=256)
+    with pytest.raises(ConfigError, match=r"option tokenizer is '\./bert'; give the whole path"):
+        module.adapt_card(content, tokenizer="./bert", pair="none", size=256)
+
+
+def test_a_prepared_corpus_gives_the_tokenizer_sentence_and_target(name, tmp_path):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "$", "t", "wins", "ann", "lee", "c"]
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    (bert / "config.json").write_text('{"model_type": "bert"}')
+    (bert / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    texts = {
+        "train": "1\t2\t1.jpg\t$T$ wins\tAnn Lee\n",
+        "dev": "1\t0\t2.jpg\t$T$\tC\n",
+        "test": "1\t1\t3.jpg\t$T$\tC\n",
+    }
+    for split, line in texts.items():
+        place = tmp_path / "raw" / FOLDER[name] / f"{split}.tsv"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(HEADER + line)
+        write_picture(tmp_path / f"raw/twitter20{name[-2:]}_images/{line.split(chr(9))[2]}", pixels)
+    options = {"tokenizer": str(bert), "pair": "target"}
+    out = prepare(name, str(tmp_path / "out"), raw=str(tmp_path / "raw"), **options)
+    data = LocalData(load_card(out), ["text"], batch_size=1)
+    ids = next(data.train_batches(1))["text"][0].tolist()
+    assert [pieces[i] for i in ids[:9]] == ["[CLS]", "$", "t", "$", "wins", "[SEP]", "ann", "lee", "[SEP]"]
+    assert len(ids) == 128 and not any(ids[9:])
+    assert data.inputs["text"].vocabulary == len(pieces)
+
+
+@pytest.mark.parametrize("option", ["text", "repeats", "overlap", "pair"])
 def test_a_wrong_option_names_what_would_do(tmp_path, name, option):
     with pytest.raises(ConfigError, match=f"option {option} is 'droq'.*give"):
         recipe(name).listing(raw_of(tmp_path, name), **{option: "droq"})

@@ -4,12 +4,48 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
+from counterpoise.contracts import ConfigError
 from counterpoise.data.lists import Line, below, lines, one_of, part_overlap, whole_number
 from counterpoise.data.raw import DUPLICATE, Left, Listing, Pictures, Raw, RawRow
 
 CLASSES = ("negative", "neutral", "positive")  # written as 0, 1, 2
 TARGET = "$T$"
+
+
+def with_tokenizer(content: dict[str, Any], tokenizer: str, pair: str | None = None) -> dict[str, Any]:
+    """A card as plain data whose modality `text` is read with a tokenizer, and with a second text, or as it is.
+
+    tokenizer: folder (absolute or s3://) or name of the hub; "" leaves hashed words. pair: column of the second text.
+    Protocols that this would make wrong are left out: those of hashed words, and with a pair all, which know none.
+    """
+    if not tokenizer:
+        if pair is not None:
+            raise ConfigError(
+                f"option pair is {pair!r}, which needs a tokenizer: hashed words know no second text; give "
+                "--option tokenizer=google-bert/bert-base-uncased, or a folder, too"
+            )
+        return content
+    if tokenizer.startswith(("./", "../", "~/")) or tokenizer in (".", "..", "~"):
+        raise ConfigError(
+            f"option tokenizer is {tokenizer!r}; give the whole path (/...), an s3:// folder or a name of the hub: the "
+            "card may be read from another folder"
+        )
+    text = content["modalities"]["text"]
+    preprocess = {key: value for key, value in text["preprocess"].items() if key != "vocabulary"}
+    text = text | {"preprocess": preprocess | {"tokenizer": tokenizer}} | ({"pair": pair} if pair else {})
+    protocols = {
+        name: protocol
+        for name, protocol in content.get("protocols", {}).items()
+        if pair is None and "tokenizer" in protocol.get("preprocess", {}).get("text", {})
+    }
+    return content | {"modalities": content["modalities"] | {"text": text}, "protocols": protocols}
+
+
+def paired(pair: str) -> str | None:
+    """The column of the second text that the option `pair` of a recipe asks for."""
+    return "target" if one_of("pair", pair, ("none", "target")) == "target" else None
 
 
 def target_sentiment(
