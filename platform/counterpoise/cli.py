@@ -285,6 +285,84 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Run folder.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="New folder or s3:// prefix.")],
+    epoch: Annotated[
+        str | None, typer.Option(help="best or last; needed for a run that is not finished.", show_default="best")
+    ] = None,
+) -> None:
+    """Write the selected weights with all that predicting needs, and a model card; load_model(OUT) reads it."""
+    from counterpoise.engine.export import export_run
+
+    if epoch is not None:
+        _choice("--epoch", epoch, ("best", "last"))
+    content = export_run(run, out, epoch)  # type: ignore[arg-type]
+    say(f"epoch {content['epoch']} of {content['run']['name']}: {content['num_parameters']:,} numbers")
+    print(out)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="What `counterpoise export` wrote: folder or s3:// prefix.")],
+    data: Annotated[str, typer.Argument(help="A corpus, its card, or Parquet files: one, a folder or a glob.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="New folder or s3:// prefix, or one to go on with.")],
+    split: Annotated[str, typer.Option(help="Of a corpus: train, valid or test.")] = "test",
+    engine: Annotated[str, typer.Option(help="local: this process; ray: actors of Ray Data.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="ray: actors, each with the model in memory.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in one forward pass.")] = 64,
+    missing: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODALITY", help="Predict without it; its column may be absent. Repeatable."),
+    ] = None,
+    device: Device = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="torch threads.", show_default="local: all cores; ray: 1 per actor")
+    ] = None,
+    address: Address = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Predict for whole Parquet files with an exported model. After a stop, the same command goes on."""
+    from counterpoise.contracts import Interrupted
+    from counterpoise.engine.bulk import predict_files
+    from counterpoise.start import StopRequest
+    from counterpoise.telemetry.progress import progress
+    from counterpoise.wording import duration
+
+    _choice("--engine", engine, ("local", "ray"))
+    _choice("--split", split, ("train", "valid", "test"))
+    run_parts = None
+    if engine == "ray":
+        from counterpoise.launch.predict import ray_predict
+
+        run_parts = ray_predict(workers, address, verbose)
+    stop = StopRequest("stopping; finished parts stay; once more quits at once")
+    try:
+        with progress("predicting") as callback, stop.installed():
+            found = predict_files(
+                model, data, out, split=split, batch_size=batch_size, missing=missing or [], device=device,
+                threads=threads, run_parts=run_parts, stop=stop, progress=callback,
+            )  # fmt: skip
+    except Interrupted as error:
+        error.exit_code = stop.exit_code
+        raise
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    say(f"{found['model']}: {found['predicted']} of {found['samples']} samples predicted")
+    if found["computed"]:
+        say(f"{found['computed']} now in {duration(found['seconds'])}, {found['computed'] / found['seconds']:,.0f}/s")
+    if found["bad"]:
+        say(f"{found['bad']} rows could not be decoded, see {out.rstrip('/')}/ledger.jsonl")
+    if found["note"]:
+        say(found["note"])
+    if found["accuracy"]:
+        print("accuracy  " + "  ".join(f"{name} {value:.4f}" for name, value in found["accuracy"].items()))
+    say(f"predictions in {out.rstrip('/')}/predictions")
+
+
+@app.command()
 def report(
     run: Annotated[list[str], typer.Argument(help="Run folders, or folders that hold runs.")],
     out: Annotated[str, typer.Option("--out", "-o", help="HTML file to write.")] = "report.html",

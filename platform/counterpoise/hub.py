@@ -79,6 +79,16 @@ def folder(model: str, kind: Kind) -> Iterator[str]:
             yield path
 
 
+def copy(model: str, kind: Kind, out: str) -> list[str]:
+    """Copy what makes up the configuration, the weights or the tokenizer of a model to a folder; the files' names."""
+    wanted, _ = _FILES[kind]
+    with folder(model, kind) as path:
+        names = sorted(name for name in os.listdir(path) if _any([name], wanted))
+        for name in names:
+            storage.write_bytes(storage.join(out, name), storage.read_bytes(os.path.join(path, name)))
+    return names
+
+
 def _any(names: list[str], patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 

@@ -9,7 +9,7 @@ import torch
 from tests.cases import SMALL
 from tests.conftest import Done
 
-from counterpoise.engine.again import _selected
+from counterpoise.engine.again import selected
 from counterpoise.engine.comm import SingleComm
 from counterpoise.engine.evaluate import predictions
 from counterpoise.engine.job import open_data
@@ -78,7 +78,7 @@ def _predict(done: Done, missing: Sequence[str], spoil: bool) -> dict[str, torch
     try:
         method = make_method(done.experiment, data, SingleComm())
         net = make_network(done.experiment, data, method)
-        load_model(net, _selected(done.folder))
+        load_model(net, selected(done.folder))
         net.eval()
         batch = next(iter(data.batches("test")))
         if spoil:
@@ -111,7 +111,7 @@ def test_with_all_there_a_head_fuses_as_it_always_does(name: str, finished: Call
     data = open_data(done.experiment)
     method = make_method(done.experiment, data, SingleComm())
     net = make_network(done.experiment, data, method)
-    load_model(net, _selected(done.folder))
+    load_model(net, selected(done.folder))
     net.eval()
     with torch.no_grad():
         out = net(next(iter(data.batches("test"))))

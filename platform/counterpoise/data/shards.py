@@ -91,6 +91,24 @@ def parquet_bytes(rows: Sequence[Mapping[str, Any]], schema: Any, row_group_size
     return buffer.getvalue()
 
 
+def columns_bytes(columns: Mapping[str, Any]) -> bytes:
+    """A Parquet file of columns of equal length, with page checksums; arrays [N, K] become lists of K."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = {}
+    for key, column in columns.items():
+        if isinstance(column, np.ndarray) and column.ndim == 2:
+            flat = pa.array(np.ascontiguousarray(column).reshape(-1))
+            arrays[key] = pa.FixedSizeListArray.from_arrays(flat, column.shape[1])
+        else:
+            arrays[key] = pa.array(column)
+    sink = io.BytesIO()
+    pq.write_table(pa.table(arrays), sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
+
+
 def write_manifest(out: str, shards: Mapping[str, Sequence[Shard]], **facts: Any) -> None:
     """Write `manifest.json`: every shard with its rows and SHA-256, and `facts` about how they were made."""
     content = {**facts, "splits": {split: [asdict(s) for s in files] for split, files in shards.items()}}

@@ -21,7 +21,7 @@ from counterpoise.storage import join
 from counterpoise.wording import did_you_mean
 
 
-def _selected(folder: RunFolder) -> checkpoint.Checkpoint:
+def selected(folder: RunFolder) -> checkpoint.Checkpoint:
     """The weights of the epoch that the run selected, as its last checkpoint has it.
 
     The newest folder in best/ may be another one: of an epoch that a crash undid and the resumed run did not select.
@@ -53,7 +53,7 @@ def evaluate_run(
     folder = RunFolder.open(run)
     own, _ = resolve(parse_yaml(folder.experiment_text, folder.at("experiment.yaml")))
     experiment = own if corpus is None else own.model_copy(update={"corpus": corpus})
-    best = _selected(folder)
+    best = selected(folder)
     place = torch.device(chosen_device(device))
     comm = SingleComm()
     learned = folder.manifest.get("preprocessing")

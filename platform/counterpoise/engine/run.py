@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import logging
 import os
@@ -43,6 +42,7 @@ from counterpoise.contracts import (
     Record,
     RefusedError,
 )
+from counterpoise.data.shards import columns_bytes
 from counterpoise.engine import checkpoint
 
 EXPERIMENT = "experiment.yaml"
@@ -412,20 +412,7 @@ class RunFolder:
 
     def write_predictions(self, columns: Mapping[str, Any], name: str = PREDICTIONS) -> None:
         """Columns of equal length as Parquet with page checksums; arrays [N, K] become lists of K."""
-        import numpy as np
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        arrays = {}
-        for key, column in columns.items():
-            if isinstance(column, np.ndarray) and column.ndim == 2:
-                flat = pa.array(np.ascontiguousarray(column).reshape(-1))
-                arrays[key] = pa.FixedSizeListArray.from_arrays(flat, column.shape[1])
-            else:
-                arrays[key] = pa.array(column)
-        sink = io.BytesIO()
-        pq.write_table(pa.table(arrays), sink, compression="zstd", write_page_checksum=True)
-        storage.write_bytes(self.at(name), sink.getvalue())
+        storage.write_bytes(self.at(name), columns_bytes(columns))
 
     def read_predictions(self, name: str = PREDICTIONS) -> dict[str, Any]:
         """Columns as numpy arrays, page checksums verified."""

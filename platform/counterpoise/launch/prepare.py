@@ -13,7 +13,7 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from counterpoise.contracts import CounterpoiseError, ResourceError
@@ -34,29 +34,52 @@ def _ray_parts(
     parts: Sequence[Part], work: Work, workers: int, address: str | None, verbose: bool
 ) -> Generator[tuple[int, Record | None], None, None]:
     with cluster(workers, 1, address=address, verbose=verbose):
-        import ray
+        import ray.data
 
-        arrived: queue.Queue[Any] = queue.Queue()
-        threading.Thread(target=_collect, args=(parts, work, workers, arrived), name="ray-data", daemon=True).start()
+        def dataset() -> Any:
+            task: Any = _made
+            rows = [{"part": pickle.dumps(part)} for part in parts]
+            return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+                task,
+                fn_args=(pickle.dumps(work),),
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=1,
+                concurrency=min(workers, len(rows)),
+            )
+
+        for item in arrivals(dataset):
+            yield (0, None) if item is None else (len(item["ledger"]), item)
+
+
+def arrivals(dataset: Callable[[], Any]) -> Generator[Any, None, None]:
+    """What the column `record` of a dataset holds, pickled, as it comes; None whenever nothing came for a moment.
+
+    An error of ours among the records is raised.
+    """
+    import ray
+
+    arrived: queue.Queue[Any] = queue.Queue()
+    threading.Thread(target=_collect, args=(dataset, arrived), name="ray-data", daemon=True).start()
+    waited = time.monotonic()
+    while True:
+        try:
+            item = arrived.get(timeout=_POLL_S)
+        except queue.Empty:
+            if time.monotonic() - waited > _STALL_S:
+                _explain(ray)
+                waited = time.monotonic()
+            yield None
+            continue
         waited = time.monotonic()
-        while True:
-            try:
-                item = arrived.get(timeout=_POLL_S)
-            except queue.Empty:
-                if time.monotonic() - waited > _STALL_S:
-                    _explain(ray)
-                    waited = time.monotonic()
-                yield 0, None
-                continue
-            waited = time.monotonic()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield len(item["ledger"]), item
+        if item is None:
+            return
+        if isinstance(item, BaseException):
+            raise item
+        yield item
 
 
-def _collect(parts: Sequence[Part], work: Work, workers: int, arrived: queue.Queue[Any]) -> None:
+def _collect(dataset: Callable[[], Any], arrived: queue.Queue[Any]) -> None:
     """In a thread: run the pipeline, and hand on records, an error, or None at the end."""
     import ray.data
 
@@ -64,17 +87,7 @@ def _collect(parts: Sequence[Part], work: Work, workers: int, arrived: queue.Que
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        task: Any = _made
-        rows = [{"part": pickle.dumps(part)} for part in parts]
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            task,
-            fn_args=(pickle.dumps(work),),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=1,
-            concurrency=min(workers, len(rows)),
-        )
-        blocks: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        blocks: Any = dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         for block in blocks:
             for cell in block.column("record"):
                 found = pickle.loads(cell.as_py())
