@@ -536,10 +536,91 @@ def bench_step(
     as_json: Json = False,
 ) -> None:
     """Time of AUG's step as a ratio to forward and backward of the encoders alone, alternating in one process."""
-    from counterpoise.bench import render, step_ratio
+    from counterpoise.bench.step import render, step_ratio
 
     result = step_ratio(encoder, batch_size, size, tuple(classifiers or (1, 11)), rounds, threads, device)
     print(json.dumps(result, indent=2) if as_json else render(result))
+
+
+@bench.command("ingest")
+def bench_ingest(
+    rows: Annotated[int, typer.Option(min=16, help="Clips of the corpus that is made for it.")] = 256,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Decoding threads of ours, worker processes of the released loader.")
+    ] = 2,
+    rounds: Annotated[int, typer.Option(min=3, help="Measured epochs of each side.")] = 5,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Folder to keep the corpus in.", show_default="a temporary one")
+    ] = None,
+    s3: Annotated[
+        bool | None,
+        typer.Option("--s3/--no-s3", help="Also from an S3 server on loopback.", show_default="if moto is there"),
+    ] = None,
+    resampler: Annotated[
+        str, typer.Option(help="Of the released loader: librosa, scipy, or auto: librosa if it is installed.")
+    ] = "auto",
+    waiting: Annotated[
+        bool, typer.Option("--waiting/--no-waiting", help="Also train, and tell how much of it waits for data.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """From encoded data to ready batches: our shards against the released code's loader on raw files."""
+    from counterpoise.bench.ingest import has_moto, ingest_rates, render
+
+    with _folder_for(out) as folder:
+        result = ingest_rates(
+            rows=rows,
+            processes=processes,
+            rounds=rounds,
+            out=folder,
+            s3=has_moto() if s3 is None else s3,
+            resampler=resampler,
+            waiting=waiting,
+            say=say,
+        )
+    print(json.dumps(result, indent=2) if as_json else render(result))
+
+
+@bench.command("stream")
+def bench_stream(
+    gib: Annotated[
+        float, typer.Option(min=0.01, help="Encoded media of the corpus that is made for it, in GiB.")
+    ] = 4.0,
+    memory_gib: Annotated[float, typer.Option(min=0.1, help="Memory that the reading may take, in GiB.")] = 1.5,
+    engine: Annotated[str, typer.Option(help="local: threads of one process; ray: Ray Data tasks.")] = "local",
+    processes: Annotated[int, typer.Option(min=1, help="Decoding threads or tasks.")] = 2,
+    shuffle_mib: Annotated[
+        int | None, typer.Option(min=1, help="data.shuffle_mib of an experiment.", show_default="as training has it")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Folder to keep the corpus in.", show_default="a temporary one")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Stream a corpus larger than memory once: rate over time, and memory. Exit code 4 if it passes the bound."""
+    from counterpoise.bench.stream import render, stream_epoch
+
+    _choice("--engine", engine, ("local", "ray"))
+    with _folder_for(out) as folder:
+        result = stream_epoch(
+            gib=gib,
+            memory_gib=memory_gib,
+            engine=engine,
+            processes=processes,
+            shuffle_mib=shuffle_mib,
+            out=folder,
+            say=say,
+        )
+    print(json.dumps(result, indent=2) if as_json else render(result))
+    if not result["within"]:
+        raise typer.Exit(4)
+
+
+def _folder_for(out: str | None) -> contextlib.AbstractContextManager[str]:
+    """The folder itself, or a temporary one for the time of the block."""
+    import tempfile
+
+    return contextlib.nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="counterpoise-bench-")
 
 
 def _choice(flag: str, value: str, allowed: Sequence[str]) -> None:
