@@ -216,6 +216,71 @@ def compare(
 
 
 @app.command()
+def sweep(
+    file: Annotated[
+        str | None, typer.Argument(metavar="[SWEEP.yaml]", help="Sweep file. Left out with --resume: the sweep's own.")
+    ] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="Another corpus: its experiment beside the sweep's, or a prepared one with usual encoders."),
+    ] = None,
+    sets: Sets = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers of every trial.", show_default="as the file says")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds 0, 1, ... of every point.", show_default="as the file says")
+    ] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Trials at a time.", show_default="as many as there is room for")
+    ] = None,
+    retries: Annotated[int, typer.Option(min=0, help="How often a trial that failed is tried again.")] = 2,
+    runs: Runs = "runs",
+    name: Annotated[str | None, typer.Option(help="Name of the sweep.", show_default="file-time")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the sweep --name; what has finished is not run again.")
+    ] = False,
+    checkpoint_every: CheckpointEvery = 60,
+    address: Address = None,
+    with_stopped: Annotated[
+        bool, typer.Option("--with-stopped", help="Table: also points of which a scheduler stopped a seed.")
+    ] = False,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="HTML file to write.", show_default="report.html in the folder")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything; print the trials and an estimate from measured steps.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a grid, a search or a population of trials on Ray Tune; a table and a report at the end."""
+    from counterpoise.start import Settings
+    from counterpoise.sweep import run_sweep
+    from counterpoise.sweepfile import ask
+
+    if file is None and (sets or corpus or workers or seeds):
+        raise ConfigError("--set, --corpus, --workers and --seeds change what a sweep file asks for; name the file too")
+    asked = ask(file, corpus, sets or [], workers, range(seeds) if seeds else None) if file else None
+    whole = run_sweep(
+        asked=asked,
+        settings=Settings("ray", 1, checkpoint_every_s=checkpoint_every, address=address, verbose=verbose),
+        runs=runs,
+        name=name,
+        resume=resume,
+        dry_run=dry_run,
+        max_concurrent=max_concurrent,
+        retries=retries,
+        with_stopped=with_stopped,
+        out=out,
+        as_json=as_json,
+    )
+    if not whole:
+        say("counterpoise: some trials failed; --resume tries them again")
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 2,
     engine: Annotated[str, typer.Option(help="ray or local.")] = "ray",
