@@ -23,6 +23,7 @@ SEES = {
     "data": BASE,
     "telemetry": BASE,
     "reports": BASE,
+    "dashboards": BASE | {"telemetry", "reports"},
     "models": BASE,
     "methods": BASE | {"models"},
     "config": BASE | {"models", "methods", "data"},
