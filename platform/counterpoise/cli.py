@@ -42,6 +42,10 @@ CheckpointEvery = Annotated[float, typer.Option(min=1, metavar="SECONDS", help="
 Address = Annotated[
     str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use.", show_default="start one here")
 ]
+Track = Annotated[
+    list[str] | None,
+    typer.Option("--track", envvar="COUNTERPOISE_TRACK", metavar="TRACKER", help="tensorboard, mlflow or wandb. Repeatable."),
+]
 Missing = Annotated[
     list[str] | None,
     typer.Option(metavar="MODALITY", help="Predict without it; a+b for two at once, `each` for every one. Repeatable."),
@@ -86,6 +90,7 @@ def train(
     ] = None,
     checkpoint_every: CheckpointEvery = 60,
     address: Address = None,
+    track: Track = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check config, data and resources; print what would run.")
     ] = False,
@@ -94,9 +99,13 @@ def train(
     """Train one experiment and test it."""
     from counterpoise.config import read_yaml, resolve
     from counterpoise.start import Settings, check_same_data, keep_changes, make_job, new_run, preview, reopen, run_jobs
+    from counterpoise.telemetry.track import chosen
 
     _choice("--engine", engine, ("local", "ray"))
-    settings = Settings(engine, workers, device, threads, checkpoint_every, address, verbose=verbose)
+    trackers = chosen(track or [])
+    settings = Settings(
+        engine, workers, device, threads, checkpoint_every, address, verbose=verbose, track=trackers
+    )
     given = read_yaml(experiment) if experiment else None
     if resume:
         if name is None:
@@ -180,6 +189,7 @@ def compare(
     ] = False,
     checkpoint_every: CheckpointEvery = 60,
     address: Address = None,
+    track: Track = None,
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="HTML file to write.", show_default="report.html in the folder")
     ] = None,
@@ -192,12 +202,15 @@ def compare(
     """Train methods with the same seeds and budget; a table with exact paired tests, and a report."""
     from counterpoise.compare import compare as run_comparison
     from counterpoise.start import Settings
+    from counterpoise.telemetry.track import chosen
 
     _choice("--engine", engine, ("local", "ray"))
     complete = run_comparison(
         experiment=experiment,
         methods=methods,
-        settings=Settings(engine, workers, device, threads, checkpoint_every, address, verbose=verbose),
+        settings=Settings(
+            engine, workers, device, threads, checkpoint_every, address, verbose=verbose, track=chosen(track or [])
+        ),
         runs=runs,
         name=name,
         sets=sets or [],

@@ -33,7 +33,7 @@ from counterpoise.wording import did_you_mean
 MAX_FILE_BYTES = 1_000_000
 
 # Fields that say how fast, never what: they are no part of the digest and may differ on resume.
-HARMLESS = ("data.cache", "data.cache_limit_gib", "data.decode_threads", "data.prefetch")
+HARMLESS = ("track", "data.cache", "data.cache_limit_gib", "data.decode_threads", "data.prefetch")
 # Fields that a resumed run may change when --allow-change names them; any other change is another run.
 CHANGEABLE = ("epochs", "optim.lr", "optim.schedule", "optim.weight_decay", "select", "data.bad_samples")
 # Fields that came later: saved, and in the digest, once they are set, so that older runs keep theirs.
@@ -98,6 +98,9 @@ class Experiment(_Section):
         description="the epoch that is tested: best fused accuracy on valid (the first of equals), or the last",
     )
     data: DataOptions = DataOptions()
+    track: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        (), description="trackers that are told about the run, as with --track"
+    )
 
     @field_validator("modalities", mode="before")
     @classmethod
@@ -156,8 +159,11 @@ class Experiment(_Section):
     def _significant(self) -> dict[str, Any]:
         data = self.to_json()
         for key in HARMLESS:
-            section, field = key.split(".")
-            del data[section][field]
+            *sections, field = key.split(".")
+            place = data
+            for section in sections:
+                place = place[section]
+            del place[field]
         return data
 
 

@@ -45,6 +45,7 @@ class Settings:
     address: str | None = None  # of a running Ray cluster
     max_failures: int = 2
     verbose: bool = False
+    track: tuple[str, ...] = ()  # trackers, beside those of the experiment
 
     @property
     def resolved_device(self) -> str:
@@ -86,8 +87,11 @@ class Preview:
 
 def preview(experiment: Experiment, settings: Settings) -> Preview:
     """Check config, data and resources; every user error that can be found early is raised here."""
+    from counterpoise.telemetry.track import chosen
+
     device = settings.resolved_device
     _check_engine(settings)
+    chosen([*settings.track, *experiment.track])
     data = open_data(experiment, world=settings.workers)
     try:
         net = make_network(experiment, data, make_method(experiment, data, SingleComm()))
@@ -290,7 +294,10 @@ def run_jobs(
 
     stop: of a caller that has more to do afterwards, and must know too.
     """
+    from counterpoise.telemetry.track import tracking
+
     stop = stop or StopRequest()
+    trackers = tuple(dict.fromkeys([*settings.track, *(t for job in jobs for t in job.experiment.get("track", ()))]))
     done = threading.Event()
     viewer = None
     if show:
@@ -301,7 +308,7 @@ def run_jobs(
         )
         viewer.start()
     try:
-        with stop.installed():
+        with stop.installed(), tracking([job.run for job in jobs], trackers):
             if settings.engine == "ray":
                 from counterpoise.launch.train import run_ray
 

@@ -59,7 +59,8 @@ SUMS = "SHA256SUMS"
 STATES = ("created", "running", "interrupted", "stopped", "failed", "finished")  # stopped: early, by a scheduler
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-_UNSEALED = {STATUS, LOCK, STOP, SUMS}  # change after the run ends, or are about now and not about the run
+TRACKERS = "trackers.json"  # what trackers have been told (telemetry/track.py)
+_UNSEALED = {STATUS, LOCK, STOP, SUMS, TRACKERS}  # change after the run ends, or are about now and not about the run
 _log = logging.getLogger(__name__)
 
 
