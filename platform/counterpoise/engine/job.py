@@ -99,7 +99,7 @@ def execute(
         if folder is not None and summary is not None:
             summary = {"run": folder.name, **summary}
             folder.write_json("summary.json", summary)
-            folder.write_status({"state": "finished", "method": experiment.method_name}, force=True)
+            folder.write_status({"state": "finished", "method": experiment.method_name, "eta_s": None}, force=True)
             folder.seal()
         return summary
     except Interrupted:
@@ -107,8 +107,8 @@ def execute(
     except Exception as error:
         if folder is not None:
             text = str(error) if isinstance(error, CounterpoiseError) else f"{type(error).__name__}: {error}"
-            folder.append({"kind": "event", "event": "failed", "error": text})
-            folder.write_status({"state": "failed", "error": text}, force=True)
+            folder.append({"kind": "event", "event": "failed", "error": text, "type": type(error).__name__})
+            folder.write_status({"state": "failed", "error": text, "eta_s": None}, force=True)
         raise
     finally:
         if data is None:

@@ -201,6 +201,7 @@ class Trainer:
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self._control_in = 1
         self._last_save = self._session_start = time.monotonic()
+        self._saved: dict[str, float] | None = None  # the last checkpoint of this session
         self._batches_here = 0
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -544,6 +545,12 @@ class Trainer:
                 "samples_per_s": progress.samples / progress.train_s if progress.train_s else None,
                 "eta_s": elapsed / self._batches_here * left if self._batches_here else None,
                 "workers": self.comm.world,
+                # Sums over the run, for rates; what a resumed run does again is in them once.
+                "step": progress.step,
+                "samples": progress.samples,
+                "train_s": progress.train_s,
+                "data_wait_s": progress.data_wait_s,
+                "checkpoint": self._saved,
             },
             force=force,
         )
@@ -588,8 +595,11 @@ class Trainer:
         for kind, values in (self.before_aside or {}).items():
             tensors[f"aside-{kind}"] = values
         name = f"step-{self.progress.step:08d}"
+        began = time.monotonic()
         checkpoint.save(self.folder.checkpoints, name, tensors, self._state() | {"sums": sums})
         self._last_save = time.monotonic()
+        seconds = self._last_save - began
+        self._saved = {"time": time.time(), "seconds": seconds, "step": self.progress.step}
 
     def _save_best(self) -> None:
         if self.folder is not None:
@@ -652,6 +662,7 @@ class Trainer:
         return selected
 
     def _finish(self) -> dict[str, Any] | None:
+        self._status(force=True)
         state = load_model(self.net, self._selected())
         split = "test" if self.data.num_samples("test") else "valid" if self.data.num_samples("valid") else "train"
         found = predict(self.net, self.method, self.data, split, self.comm, self.device)

@@ -322,8 +322,8 @@ class RunFolder:
     def write_status(self, status: Mapping[str, Any], force: bool = False) -> bool:
         """Replace status.json, at most once per `min_interval_s` unless `force` or a new state.
 
-        `state`, `pid`, `host` and `time` are added. A status is a projection: one that cannot be written is a
-        warning, not the end of the run.
+        What it does not say stays as this process said it last; `state`, `pid`, `host` and `time` are added. A
+        status is a projection: one that cannot be written is a warning, not the end of the run.
         """
         state = status.get("state") or self._status.get("state") or "running"
         if state not in STATES:
@@ -332,6 +332,7 @@ class RunFolder:
         if not force and time.monotonic() - self._status_time < self.min_interval_s:
             return False
         self._status = {
+            **self._status,
             **status,
             "state": state,
             "pid": os.getpid(),
