@@ -50,6 +50,31 @@ Missing = Annotated[
     list[str] | None,
     typer.Option(metavar="MODALITY", help="Predict without it; a+b for two at once, `each` for every one. Repeatable."),
 ]
+MetricsPort = Annotated[
+    str,
+    typer.Option(
+        envvar="COUNTERPOISE_METRICS_PORT", metavar="PORT", help="Port of live metrics for Prometheus; 0: any free one; off."
+    ),
+]
+MetricsAddress = Annotated[str, typer.Option(metavar="HOST", help="Where metrics are shown.")]
+MetricsSd = Annotated[
+    str | None,
+    typer.Option(
+        envvar="COUNTERPOISE_METRICS_SD",
+        metavar="DIR",
+        help="Folder in which Prometheus finds running commands (file_sd).",
+        show_default=".metrics where the runs are",
+    ),
+]
+MetricsLinger = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="SECONDS",
+        help="Wait so long at the end for one more scrape.",
+        show_default="a scrape interval if there were scrapes, else 0",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and torch say, and tracebacks.")]
 Sets = Annotated[
     list[str] | None,
@@ -91,6 +116,10 @@ def train(
     checkpoint_every: CheckpointEvery = 60,
     address: Address = None,
     track: Track = None,
+    metrics_port: MetricsPort = "0",
+    metrics_address: MetricsAddress = "127.0.0.1",
+    metrics_sd: MetricsSd = None,
+    metrics_linger: MetricsLinger = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check config, data and resources; print what would run.")
     ] = False,
@@ -98,7 +127,18 @@ def train(
 ) -> None:
     """Train one experiment and test it."""
     from counterpoise.config import read_yaml, resolve
-    from counterpoise.start import Settings, check_same_data, keep_changes, make_job, new_run, preview, reopen, run_jobs
+    from counterpoise.start import (
+        Settings,
+        check_same_data,
+        keep_changes,
+        make_job,
+        new_run,
+        preview,
+        publisher,
+        reopen,
+        run_jobs,
+    )
+    from counterpoise.telemetry.emitter import Options, emitting
     from counterpoise.telemetry.track import chosen
 
     _choice("--engine", engine, ("local", "ray"))
@@ -106,6 +146,7 @@ def train(
     settings = Settings(
         engine, workers, device, threads, checkpoint_every, address, verbose=verbose, track=trackers
     )
+    metrics = Options.parse(metrics_port, metrics_address, metrics_sd, metrics_linger, runs)
     given = read_yaml(experiment) if experiment else None
     if resume:
         if name is None:
@@ -130,8 +171,9 @@ def train(
     else:
         folder = new_run(seen, provenance, runs, name, sys.argv[1:])
     say(f"run         {folder.uri}")
-    summaries = run_jobs([make_job(seen, folder, resume)], seen.settings)
-    _print_results([folder.uri], summaries)
+    with emitting(metrics, runs, folder.name, publish=publisher(seen.settings)):
+        summaries = run_jobs([make_job(seen, folder, resume)], seen.settings)
+        _print_results([folder.uri], summaries)
 
 
 def _print_results(uris: Sequence[str], summaries: Sequence[dict[str, Any]]) -> None:
@@ -190,6 +232,10 @@ def compare(
     checkpoint_every: CheckpointEvery = 60,
     address: Address = None,
     track: Track = None,
+    metrics_port: MetricsPort = "0",
+    metrics_address: MetricsAddress = "127.0.0.1",
+    metrics_sd: MetricsSd = None,
+    metrics_linger: MetricsLinger = None,
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="HTML file to write.", show_default="report.html in the folder")
     ] = None,
@@ -202,6 +248,7 @@ def compare(
     """Train methods with the same seeds and budget; a table with exact paired tests, and a report."""
     from counterpoise.compare import compare as run_comparison
     from counterpoise.start import Settings
+    from counterpoise.telemetry.emitter import Options
     from counterpoise.telemetry.track import chosen
 
     _choice("--engine", engine, ("local", "ray"))
@@ -222,6 +269,7 @@ def compare(
         dry_run=dry_run,
         out=out,
         as_json=as_json,
+        metrics=Options.parse(metrics_port, metrics_address, metrics_sd, metrics_linger, runs),
     )
     if not complete:
         say("counterpoise: some trials failed, see the notes; --resume tries them again")
@@ -261,6 +309,10 @@ def sweep(
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="HTML file to write.", show_default="report.html in the folder")
     ] = None,
+    metrics_port: MetricsPort = "0",
+    metrics_address: MetricsAddress = "127.0.0.1",
+    metrics_sd: MetricsSd = None,
+    metrics_linger: MetricsLinger = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything; print the trials and an estimate from measured steps.")
     ] = False,
@@ -271,6 +323,7 @@ def sweep(
     from counterpoise.start import Settings
     from counterpoise.sweep import run_sweep
     from counterpoise.sweepfile import ask
+    from counterpoise.telemetry.emitter import Options
 
     if file is None and (sets or corpus or workers or seeds):
         raise ConfigError("--set, --corpus, --workers and --seeds change what a sweep file asks for; name the file too")
@@ -287,6 +340,7 @@ def sweep(
         with_stopped=with_stopped,
         out=out,
         as_json=as_json,
+        metrics=Options.parse(metrics_port, metrics_address, metrics_sd, metrics_linger, runs),
     )
     if not whole:
         say("counterpoise: some trials failed; --resume tries them again")
@@ -466,6 +520,21 @@ def report(
 
         for path in write_pictures(read, pictures):
             say(f"picture in {path}")
+
+
+@app.command()
+def watch(
+    run: Annotated[list[str], typer.Argument(help="Runs, or folders that hold runs, comparisons or sweeps.")],
+    once: Annotated[bool, typer.Option("--once", help="Print how it stands, and stop.")] = False,
+    interval: Annotated[
+        float | None,
+        typer.Option(min=0.2, metavar="SECONDS", help="Time between two looks.", show_default="1, or 10 for s3://"),
+    ] = None,
+) -> None:
+    """See runs live: accuracies and gap over epochs, scores against the thresholds, decisions, speed, checkpoints."""
+    from counterpoise.watch import watch_runs
+
+    watch_runs(run, once=once, interval_s=interval)
 
 
 @app.command()

@@ -38,8 +38,19 @@ from counterpoise.methods import METHODS
 from counterpoise.reports.html import write_report
 from counterpoise.reports.records import FUSED, RunData, read_run
 from counterpoise.reports.tables import CHOSEN, Table, best_label, compared, fused_by_seed, text_table
-from counterpoise.start import Preview, Settings, StopRequest, check_same_data, make_job, new_run, preview, run_jobs
+from counterpoise.start import (
+    Preview,
+    Settings,
+    StopRequest,
+    check_same_data,
+    make_job,
+    new_run,
+    preview,
+    publisher,
+    run_jobs,
+)
 from counterpoise.storage import join
+from counterpoise.telemetry.emitter import Options, emitting
 from counterpoise.wording import duration
 
 COMPARISON = "comparison.json"
@@ -508,6 +519,7 @@ def compare(
     dry_run: bool = False,
     out: str | None = None,
     as_json: bool = False,
+    metrics: Options | None = None,
 ) -> bool:
     """Check, train what is not there yet, print and write the results; whether every run of the table is finished.
 
@@ -559,16 +571,17 @@ def compare(
         storage.write_bytes(join(root, COMPARISON), _pretty(content))
     say(f"comparison  {storage.show(root)}")
 
-    with StopRequest().installed() as stop:
-        chosen, valid = Runner(asked, entries, root, stop).run()
-    table, reference = tabulate(asked, root, chosen, valid)
-    content["result"] = result_json(asked, table, reference, valid)
-    storage.write_bytes(join(root, COMPARISON), _pretty(content))
-    say()
-    print(json.dumps(content, indent=2) if as_json else text_table(table))
-    if out or storage.is_local(runs):
-        uris = [run.uri for row in table.rows for run in (*row.finished, *row.others)]
-        say(f"report in {write_report(uris, out or join(root, 'report.html'), table=table)}")
+    with emitting(metrics, runs, name, publish=publisher(settings)):
+        with StopRequest().installed() as stop:
+            chosen, valid = Runner(asked, entries, root, stop).run()
+        table, reference = tabulate(asked, root, chosen, valid)
+        content["result"] = result_json(asked, table, reference, valid)
+        storage.write_bytes(join(root, COMPARISON), _pretty(content))
+        say()
+        print(json.dumps(content, indent=2) if as_json else text_table(table))
+        if out or storage.is_local(runs):
+            uris = [run.uri for row in table.rows for run in (*row.finished, *row.others)]
+            say(f"report in {write_report(uris, out or join(root, 'report.html'), table=table)}")
     return not any(row.others or len(row.finished) < len(asked.seeds) for row in table.rows)
 
 

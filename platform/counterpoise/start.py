@@ -9,14 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -28,6 +28,9 @@ from counterpoise.engine.job import Job, chosen_device, open_data
 from counterpoise.engine.loop import encoder_configs, make_method, make_network
 from counterpoise.engine.run import EXPERIMENT, RunFolder
 from counterpoise.storage import join
+
+if TYPE_CHECKING:
+    from counterpoise.telemetry.emitter import Samples
 
 CHANGES = "changes.json"
 VERSIONS_OF = ("torch", "torchvision", "numpy", "ray", "pyarrow", "scikit-learn", "s3fs")
@@ -294,11 +297,13 @@ def run_jobs(
 
     stop: of a caller that has more to do afterwards, and must know too.
     """
+    from counterpoise.telemetry.feed import following
     from counterpoise.telemetry.track import tracking
 
     stop = stop or StopRequest()
     trackers = tuple(dict.fromkeys([*settings.track, *(t for job in jobs for t in job.experiment.get("track", ()))]))
     done = threading.Event()
+    followed = following({job.run: job.resume for job in jobs})
     viewer = None
     if show:
         from counterpoise.telemetry.display import follow
@@ -308,7 +313,7 @@ def run_jobs(
         )
         viewer.start()
     try:
-        with stop.installed(), tracking([job.run for job in jobs], trackers):
+        with stop.installed(), followed, tracking([job.run for job in jobs], trackers):
             if settings.engine == "ray":
                 from counterpoise.launch.train import run_ray
 
@@ -332,6 +337,15 @@ def run_jobs(
         done.set()
         if viewer is not None:
             viewer.join(timeout=10)
+
+
+def publisher(settings: Settings) -> Callable[[Samples], None] | None:
+    """Another way for metrics beside their endpoint: that of a Ray cluster, where one is used that was there before."""
+    if settings.engine != "ray" or not settings.address:
+        return None
+    from counterpoise.launch.metrics import RayMetrics
+
+    return RayMetrics()
 
 
 def elapsed(since: float) -> str:

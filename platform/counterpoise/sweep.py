@@ -43,11 +43,14 @@ from counterpoise.start import (
     check_same_data,
     keep_changes,
     preview,
+    publisher,
     run_content,
 )
 from counterpoise.storage import join
 from counterpoise.sweepfile import Asked, Pbt, Resources, Sweep, Trial, combinations, label_of, plan, show, trials_of
 from counterpoise.telemetry.board import Board
+from counterpoise.telemetry.emitter import Options, emitting
+from counterpoise.telemetry.feed import current
 from counterpoise.wording import duration
 
 if TYPE_CHECKING:
@@ -614,11 +617,13 @@ class Runner:
             self._began.setdefault(name, now)
             self.ledger.update(name, state="running", tries=max(entry["tries"], 1))
             self.board.begin(name, label_of(entry["vary"]), entry["seed"])
+            if feed := current():
+                feed.follow(join(self.ledger.root, name), resuming=True)
             return
         taken = self._before[name] + now - self._began.get(name, now)
         if what == "stopped":
             self.ledger.update(name, state="stopped", time_s=round(taken, 3))
-            self.board.end(name, "stopped", f"by {facts['by']} after epoch {facts['epoch']}")
+            self._end(name, "stopped", f"by {facts['by']} after epoch {facts['epoch']}")
         elif what == "died" or facts["state"] == "retrying":
             self.ledger.update(name, tries=facts["tries"], error=facts["error"])
             self.board.line(
@@ -642,7 +647,12 @@ class Runner:
             found["state"] = "running"  # waits for a round
         self.ledger.update(name, **found)
         if found["state"] != "running":
-            self.board.end(name, state, str(facts.get("error") or ""))
+            self._end(name, state, str(facts.get("error") or ""))
+
+    def _end(self, name: str, state: str, detail: str) -> None:
+        self.board.end(name, state, detail)
+        if feed := current():
+            feed.leave(join(self.ledger.root, name))
 
     def _tick(self) -> None:
         self.board.refresh(self.ledger.count(*ENDED), self._left())
@@ -766,6 +776,7 @@ def run_sweep(
     with_stopped: bool = False,
     out: str | None = None,
     as_json: bool = False,
+    metrics: Options | None = None,
 ) -> bool:
     """Check, run what is not there yet, print and write the results; whether no trial has failed.
 
@@ -832,33 +843,36 @@ def run_sweep(
         raise _in_use(runs, name)
     say(f"sweep       {storage.show(root)}")
     ledger = Ledger(root, content)
-    with StopRequest("stopping: every running trial writes a checkpoint; once more quits at once").installed() as stop:
-        runner = Runner(asked, prepared, ledger, settings, retries, stop)
-        try:
-            runner.run(trials, max_concurrent)
-        except Interrupted as error:
-            error.exit_code = stop.exit_code
-            raise
-        if stop.reason and ledger.count(*ENDED) < total:
-            stopped = Interrupted(
-                f"stopped ({stop.reason}) with {ledger.count(*ENDED)} of {total} trials ended; go on with "
-                f"--resume --name {name}" + ("" if runs == "runs" else f" --runs {storage.show(runs)}")
-            )
-            stopped.exit_code = stop.exit_code
-            raise stopped
-    table = tabulate(ledger, sweep, with_stopped)
-    say()
-    print(json.dumps(ledger.content, indent=2) if as_json else text_table(table))
-    failed = [entry for entry in ledger.entries.values() if entry["state"] == "failed"]
-    for entry in failed:
-        tries = f"{entry['tries']} {'try' if entry['tries'] == 1 else 'tries'}"
-        say(f"failed: {entry['name']} after {tries}: {entry['error']}")
-    if (out or storage.is_local(runs)) and table.rows:
-        from counterpoise.reports.html import write_report
+    with emitting(metrics, runs, name, publish=publisher(settings)):
+        with StopRequest(
+            "stopping: every running trial writes a checkpoint; once more quits at once"
+        ).installed() as stop:
+            runner = Runner(asked, prepared, ledger, settings, retries, stop)
+            try:
+                runner.run(trials, max_concurrent)
+            except Interrupted as error:
+                error.exit_code = stop.exit_code
+                raise
+            if stop.reason and ledger.count(*ENDED) < total:
+                stopped = Interrupted(
+                    f"stopped ({stop.reason}) with {ledger.count(*ENDED)} of {total} trials ended; go on with "
+                    f"--resume --name {name}" + ("" if runs == "runs" else f" --runs {storage.show(runs)}")
+                )
+                stopped.exit_code = stop.exit_code
+                raise stopped
+        table = tabulate(ledger, sweep, with_stopped)
+        say()
+        print(json.dumps(ledger.content, indent=2) if as_json else text_table(table))
+        failed = [entry for entry in ledger.entries.values() if entry["state"] == "failed"]
+        for entry in failed:
+            tries = f"{entry['tries']} {'try' if entry['tries'] == 1 else 'tries'}"
+            say(f"failed: {entry['name']} after {tries}: {entry['error']}")
+        if (out or storage.is_local(runs)) and table.rows:
+            from counterpoise.reports.html import write_report
 
-        uris = [join(root, entry["name"]) for entry in ledger.entries.values()]
-        uris = [uri for uri in uris if storage.exists(join(uri, MANIFEST))]
-        say(f"report in {write_report(uris, out or join(root, 'report.html'), sweep.title or None)}")
+            uris = [join(root, entry["name"]) for entry in ledger.entries.values()]
+            uris = [uri for uri in uris if storage.exists(join(uri, MANIFEST))]
+            say(f"report in {write_report(uris, out or join(root, 'report.html'), sweep.title or None)}")
     return not failed
 
 
