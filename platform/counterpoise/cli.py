@@ -734,8 +734,8 @@ def bench_stream(
         float, typer.Option(min=0.01, help="Encoded media of the corpus that is made for it, in GiB.")
     ] = 4.0,
     memory_gib: Annotated[float, typer.Option(min=0.1, help="Memory that the reading may take, in GiB.")] = 1.5,
-    engine: Annotated[str, typer.Option(help="local: threads of one process; ray: Ray Data tasks.")] = "local",
-    processes: Annotated[int, typer.Option(min=1, help="Decoding threads or tasks.")] = 2,
+    processes: Annotated[int, typer.Option(min=1, help="Decoding threads.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
     shuffle_mib: Annotated[
         int | None, typer.Option(min=1, help="data.shuffle_mib of an experiment.", show_default="as training has it")
     ] = None,
@@ -747,13 +747,12 @@ def bench_stream(
     """Stream a corpus larger than memory once: rate over time, and memory. Exit code 4 if it passes the bound."""
     from counterpoise.bench.stream import render, stream_epoch
 
-    _choice("--engine", engine, ("local", "ray"))
     with _folder_for(out) as folder:
         result = stream_epoch(
             gib=gib,
             memory_gib=memory_gib,
-            engine=engine,
             processes=processes,
+            batch_size=batch_size,
             shuffle_mib=shuffle_mib,
             out=folder,
             say=say,

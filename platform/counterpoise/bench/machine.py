@@ -158,7 +158,7 @@ class Side:
             raise ResourceError(f"{self.name}: not ready after {timeout_s:.0f} s; the machine may be too busy")
         try:
             kind, value = self._ours.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._process.join(5)
             raise ResourceError(f"{self.name}: its process ended (exit code {self._process.exitcode})") from None
         if kind == "error":

@@ -126,15 +126,17 @@ def prepare_cremad(raw: Path, out: Path, workers: int, progress: Progress) -> st
     return prepare("cremad", str(out), progress, raw=str(raw), workers=workers, **lists)
 
 
-def few_rows_card(corpus: str, name: str) -> str:
-    """A second card beside the corpus whose train split has the clips of one sentence only; its path."""
+def few_rows_card(corpus: str, rows: int, wanted: int) -> str:
+    """A second card beside the corpus of `rows` clips, whose train split has about `wanted` of them: those of some
+    sentences; its path."""
     import yaml
 
     content = yaml.safe_load((Path(corpus) / CARD).read_text(encoding="utf-8"))
     del content["splits"]["train"]["expected"]
     content["splits"].pop("valid", None)
-    content["splits"]["train"]["where"] = {"sentence": SENTENCES[0]}
-    place = Path(corpus) / name
+    each = -(-(rows + NUM_TEST) // len(SENTENCES))
+    content["splits"]["train"]["where"] = {"sentence": list(SENTENCES[: -(-wanted // each)])}
+    place = Path(corpus) / f"few-{wanted}.yaml"
     place.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return str(place)
 

@@ -12,7 +12,6 @@ from counterpoise.bench.machine import Side, machine, machine_line, watched
 from counterpoise.bench.media import make_shards
 from counterpoise.contracts import ResourceError
 
-BATCH = 32
 Say = Callable[[str], None]
 
 
@@ -20,8 +19,8 @@ def stream_epoch(
     *,
     gib: float,
     memory_gib: float,
-    engine: str,
     processes: int,
+    batch_size: int,
     shuffle_mib: int | None,
     out: str,
     say: Say,
@@ -33,8 +32,8 @@ def stream_epoch(
     with progress("writing a corpus") as callback:
         corpus, rows = make_shards(Path(out).absolute() / f"stream-{gib:g}", int(gib * 2**30), callback)
     stored = sum(path.stat().st_size for path in Path(corpus).glob("*.parquet"))
-    spec = {"corpus": corpus, "processes": processes, "shuffle_mib": shuffle_mib}
-    side = Side(f"{engine} engine", {"local": _local_side, "ray": _ray_side}[engine], spec)
+    spec = {"corpus": corpus, "processes": processes, "batch_size": batch_size, "shuffle_mib": shuffle_mib}
+    side = Side("streaming", _reader, spec)
     bound = int(memory_gib * 2**30)
     with contextlib.closing(side):
         before = side.tree.memory_bytes()
@@ -53,10 +52,10 @@ def stream_epoch(
                     raise
     return {
         "machine": facts,
-        "engine": engine,
         "rows": rows,
         "stored_bytes": stored,
         "processes": processes,
+        "batch_size": batch_size,
         "shuffle_mib": side.facts["shuffle_mib"],
         "windows": side.facts["windows"],
         "memory_before_bytes": before,
@@ -92,6 +91,7 @@ class _Epoch:
 
     def __init__(self, data: Any) -> None:
         self.data = data
+        list(data.batches("train", rows=[0]))  # whatever decoding has to import is there before memory is looked at
         self.facts = {
             "shuffle_mib": data.options.shuffle_mib,
             "windows": max(
@@ -117,37 +117,25 @@ def _settings(spec: Mapping[str, Any]) -> dict[str, Any]:
     from counterpoise.data.options import DataOptions
 
     torch.set_num_threads(1)
-    chosen = {"cache": "off", "decode_threads": spec["processes"]}
+    chosen: dict[str, Any] = {"cache": "off", "decode_threads": spec["processes"]}
     if spec["shuffle_mib"] is not None:
         chosen["shuffle_mib"] = spec["shuffle_mib"]
-    return {"batch_size": BATCH, "options": DataOptions.model_validate(chosen)}
+    return {"batch_size": spec["batch_size"], "options": DataOptions.model_validate(chosen)}
 
 
-def _local_side(spec: Mapping[str, Any]) -> Callable[[Any], Any]:
+def _reader(spec: Mapping[str, Any]) -> Callable[[Any], Any]:
     from counterpoise.data.loader import LocalData
 
     return _Epoch(LocalData(spec["corpus"], **_settings(spec)))
-
-
-def _ray_side(spec: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Ray Data on a cluster of this process's own, which ends with it."""
-    from counterpoise.launch.cluster import cluster
-    from counterpoise.launch.ingest import RayData
-
-    opened = contextlib.ExitStack()
-    opened.enter_context(cluster(1, spec["processes"]))
-    epoch = _Epoch(RayData(spec["corpus"], cpus=float(spec["processes"]), **_settings(spec)))
-    epoch.opened = opened  # type: ignore[attr-defined]
-    return epoch
 
 
 def render(result: Mapping[str, Any]) -> str:
     gib = 2**30
     lines = [
         machine_line(result["machine"]),
-        f"{result['rows']} rows, {result['stored_bytes'] / gib:.2f} GiB of encoded media, {result['engine']} engine, "
-        f"{result['processes']} decoding threads or tasks, {result['windows']} windows of at most "
-        f"{result['shuffle_mib']} MiB",
+        f"{result['rows']} rows, {result['stored_bytes'] / gib:.2f} GiB of encoded media, "
+        f"{result['processes']} decoding threads, batches of {result['batch_size']}, windows of at most "
+        f"{result['shuffle_mib']} MiB: {result['windows']}",
         "",
     ]
     if result["finished"]:
