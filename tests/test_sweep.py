@@ -402,6 +402,13 @@ def test_a_trial_that_fails_in_passing_is_tried_again_and_a_diverging_one_is_not
     assert last["state"] == "failed" and last["tries"] == 1 and "is not finite" in last["error"]
 
 
+def test_a_trial_does_not_begin_while_the_sweep_is_ending(order: Order) -> None:
+    Path(order.root).mkdir()
+    (Path(order.root) / "stop").write_text("SIGINT")
+    assert told(Session(order)) == [{"state": "waiting", "tries": 0, "done": True}]
+    assert not Path(order.uri).exists()
+
+
 def test_a_trial_of_a_population_ends_at_the_round_and_says_so_again(order: Order) -> None:
     member = Order(**{**vars(order), "interval": 2})
     found = told(Session(member))

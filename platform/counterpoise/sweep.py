@@ -646,7 +646,9 @@ class Runner:
         if state == "interrupted" and isinstance(self.sweep.scheduler, Pbt) and not self.stop.reason:
             found["state"] = "running"  # waits for a round
         self.ledger.update(name, **found)
-        if found["state"] != "running":
+        if state == "waiting":
+            self.board.drop(name)
+        elif found["state"] != "running":
             self._end(name, state, str(facts.get("error") or ""))
 
     def _end(self, name: str, state: str, detail: str) -> None:
@@ -685,7 +687,7 @@ class Runner:
                 continue
             if entry["state"] == "stopped" and folder.state() != "stopped" and not folder.is_locked():
                 mark_stopped(folder, f"{SCHEDULER}{self.sweep.scheduler.name}")
-            elif entry["state"] == "running":
+            elif entry["state"] in ("running", "waiting"):
                 entry["state"] = "interrupted"
         self.ledger.touch()
         self.ledger.save(force=True)

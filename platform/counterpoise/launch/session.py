@@ -31,6 +31,7 @@ from counterpoise.engine.run import MANIFEST, STOP, RunFolder
 from counterpoise.telemetry.display import FUSED, LOCAL_POLL_S, REMOTE_POLL_S, Tail
 
 SCHEDULER = "scheduler "  # how the reason of a stop for good begins; its name follows
+# A stop file in the folder of the sweep keeps trials that have not begun from beginning.
 HALT = "the sweep is ending"
 FINAL = (ConfigError, NonFiniteLossError)  # would only come again: the same seed takes the same steps
 _BACKOFF_MAX_S = 60.0
@@ -73,7 +74,8 @@ class Session:
 
     What it says: {"state": "running", "epoch", "valid", "selected", "tries"} after an epoch: fused accuracies on valid,
     now and of the epoch that is selected so far; {"state": "retrying", "error", "tries"} after a failure that is tried
-    again; and at the end, with "done": True, one whose state is finished, stopped, interrupted or failed.
+    again; and at the end, with "done": True, one whose state is finished, stopped, interrupted, failed or waiting (it
+    did not begin, because the sweep is ending).
     """
 
     def __init__(self, order: Order, released: int = 0, tries_before: int = 0) -> None:
@@ -115,6 +117,8 @@ class Session:
         self._out.put({**found, "tries": self.tries, "done": True})
 
     def _attempts(self) -> dict[str, Any]:
+        if storage.exists(storage.join(self.order.root, STOP)):
+            return {"state": "waiting"}
         last = self.order.retries + 1
         wait = self.order.backoff_s
         while True:

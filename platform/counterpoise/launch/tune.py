@@ -29,7 +29,7 @@ from ray.tune.search import BasicVariantGenerator, Searcher
 
 from counterpoise import storage
 from counterpoise.contracts import CounterpoiseError
-from counterpoise.engine.run import RunFolder
+from counterpoise.engine.run import STOP, RunFolder
 from counterpoise.launch.cluster import Cluster, adopt
 from counterpoise.launch.session import SCHEDULER, Order, Session
 
@@ -247,7 +247,7 @@ class _Asking(_Here, Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         result = result or {}
-        if result.get("state") != "interrupted":
+        if result.get("state") not in ("interrupted", "waiting"):
             self._source.done(self._names[trial_id], None if error else result.get(SELECTED))
 
     def save(self, checkpoint_path: str) -> None:
@@ -417,6 +417,7 @@ def run_trials(
         except BaseException as error:  # handed to the waiting thread, whatever it is
             box.append(error)
 
+    storage.delete(storage.join(root, STOP))
     thread = threading.Thread(target=fit, name="ray-tune", daemon=True)
     thread.start()
     running: set[str] = set()
@@ -436,6 +437,7 @@ def run_trials(
                 break
             if (reason := stop()) and time.monotonic() - asked > 1.0:  # again and again: a run that begins clears it
                 asked = time.monotonic()
+                storage.write_text(storage.join(root, STOP), reason + "\n")  # what has not begun stays so
                 folders = [RunFolder(storage.join(root, name)) for name in running]
                 busy = [folder for folder in folders if folder.is_locked()]
                 for folder in busy:
@@ -450,6 +452,7 @@ def run_trials(
             else:
                 os.environ[key] = value
         storage.delete(place)
+        storage.delete(storage.join(root, STOP))
     if box:
         if isinstance(box[0], CounterpoiseError) or not isinstance(box[0], Exception):
             raise box[0]

@@ -85,6 +85,10 @@ class Board:
         text = end_line(name, state, summary) + (f": {detail}" if detail else "")
         self.line(text, "" if state == "finished" else "bold")
 
+    def drop(self, name: str) -> None:
+        """A trial that did not begin after all."""
+        self._rows.pop(name, None)
+
     def line(self, text: str, style: str = "") -> None:
         """A line that stays."""
         clean = "".join(c if c.isprintable() else "?" for c in text)
@@ -102,7 +106,8 @@ class Board:
         for name, row in self._rows.items():
             for record in self._poll(row):
                 self._show(name, record)
-        head = f"{ended} of {self._total} trials ended, {len(self._rows)} running"
+        running = f"{len(self._rows)} running" if self._rows else "processes are starting"
+        head = f"{ended} of {self._total} trials ended, {running}"
         head += f", about {duration(left_s)} left" if left_s is not None else ""
         if self._live is not None:
             with suppress(TypeError, ValueError):  # a status that makes no sense; the next one may
