@@ -578,6 +578,8 @@ class Runner:
         facts = look(self.ledger.root, trial, self.prepared, changed)
         if entry["state"] == "stopped" and facts["state"] in ("interrupted", "waiting"):
             facts["state"] = "stopped"  # decided, and the command killed before the folder said so
+        if entry["time_s"] is not None:
+            facts.pop("time_s", None)  # measured from its start, with what the run does not see of itself
         if facts["state"] == "failed":  # is tried again
             facts["state"], entry["tries"] = "interrupted", 0
         self.ledger.update(trial.name, **facts)
