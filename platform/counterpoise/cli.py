@@ -29,6 +29,8 @@ methods = typer.Typer(help="List the methods and show their settings.", no_args_
 app.add_typer(methods, name="methods")
 bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+dashboards = typer.Typer(help="Grafana dashboards and Prometheus rules: build, check, push, preview.", no_args_is_help=True)
+app.add_typer(dashboards, name="dashboards")
 
 Runs = Annotated[
     str, typer.Option("--runs", help="Folder or s3:// prefix that holds runs.", envvar="COUNTERPOISE_RUNS")
@@ -760,6 +762,126 @@ def bench_stream(
     print(json.dumps(result, indent=2) if as_json else render(result))
     if not result["within"]:
         raise typer.Exit(4)
+
+
+@app.command()
+def monitor(
+    runs: Runs = "runs",
+    metrics_sd: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics-sd",
+            envvar="COUNTERPOISE_METRICS_SD",
+            help="Folder where runs register.",
+            show_default=".metrics where the runs are",
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of Prometheus; 0: any free one.")] = 9090,
+    grafana_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of Grafana; 0: any free one.")] = 3000,
+    data: Annotated[
+        str | None, typer.Option(help="Folder of the servers' data.", show_default=".monitor where the runs are")
+    ] = None,
+    keep: Annotated[str, typer.Option(metavar="TIME", help="How long Prometheus keeps data.")] = "30d",
+) -> None:
+    """Prometheus, and Grafana if it is installed, for runs of this machine: on loopback, until Ctrl-C."""
+    from counterpoise.dashboards.stack import Places, monitor
+    from counterpoise.start import StopRequest
+
+    stop = StopRequest("stopping the servers; once more quits at once")
+    with stop.installed():
+        monitor(Places.of(runs, metrics_sd, data, port, grafana_port, keep), stop, say)
+
+
+@dashboards.command("build")
+def dashboards_build(
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Folder to write to.", show_default="dashboards/ of the checkout")
+    ] = None,
+) -> None:
+    """Write the dashboards and Prometheus' configuration from the catalogue of metrics."""
+    from counterpoise.dashboards import files
+
+    folder = out or str(files.root())
+    changed = files.build(folder)
+    for place in changed:
+        print(place)
+    say(f"{len(changed)} files written" if changed else f"everything in {folder} is as it should be")
+
+
+@dashboards.command("check")
+def dashboards_check(
+    folder: Annotated[str | None, typer.Argument(help="Folder to check.", show_default="our own")] = None,
+) -> None:
+    """Check that dashboards and rules are current, fit Grafana's schema, and name only metrics that exist."""
+    import shutil
+
+    from counterpoise.dashboards.checks import check
+
+    found = check(folder)
+    for fault in found:
+        print(fault)
+    if shutil.which("promtool") is None:
+        say("promtool is not installed: rules and their tests were only parsed")
+    if found:
+        raise typer.Exit(1)
+    say("dashboards and rules are in order")
+
+
+@dashboards.command("push")
+def dashboards_push(
+    annotations: Annotated[
+        list[str] | None,
+        typer.Option("--annotations", metavar="RUN", help="Also this run's decisions, as annotations. Repeatable."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
+) -> None:
+    """Send the dashboards to the Grafana at GRAFANA_URL, with the token of GRAFANA_TOKEN or GRAFANA_TOKEN_FILE."""
+    from counterpoise.dashboards import push
+
+    push.start(annotations or [], dry_run, say)
+
+
+@dashboards.command("preview")
+def dashboards_preview(
+    board: Annotated[
+        list[str] | None, typer.Argument(help="imbalance, sweep, training.", show_default="all of them")
+    ] = None,
+    prometheus: Annotated[
+        str, typer.Option(envvar="COUNTERPOISE_PROMETHEUS_URL", help="Where the data comes from.")
+    ] = "http://127.0.0.1:9090",
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the pictures.")] = "preview",
+    minutes: Annotated[float, typer.Option(min=1, help="Time shown, until now.")] = 30,
+    var: Annotated[
+        list[str] | None,
+        typer.Option("--var", metavar="NAME=VALUE", help="Of a dashboard's variable, e.g. run=a1. Repeatable."),
+    ] = None,
+    light: Annotated[bool, typer.Option("--light", help="Light colours.")] = False,
+    install: Annotated[bool, typer.Option("--install", help="Only fetch and build the drawing code, once.")] = False,
+) -> None:
+    """Draw the dashboards as PNG from a running Prometheus with Grafana's components, without Grafana."""
+    from counterpoise.dashboards import preview
+
+    if install:
+        preview.install(say)
+        return
+    variables: dict[str, list[str]] = {}
+    for text in var or []:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise ConfigError(f"--var is {text!r}; give NAME=VALUE")
+        variables.setdefault(name, []).append(value)
+    theme = "light" if light else "dark"
+    pictures = preview.preview(
+        prometheus, out, boards=board or [], variables=variables, range_s=round(60 * minutes), theme=theme
+    )
+    for picture in pictures:
+        print(picture.file)
+        if picture.empty:
+            say(f"  no data in {', '.join(picture.empty)}")
+        for error in picture.errors:
+            say(f"  {error}")
+    if any(picture.errors for picture in pictures):
+        raise typer.Exit(1)
 
 
 def _folder_for(out: str | None) -> contextlib.AbstractContextManager[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.models import common as common_models
 from grafana_foundation_sdk.models import dashboard as models
 
 from counterpoise.dashboards.panels import (
@@ -68,6 +69,17 @@ def _board(uid: str, title: str, description: str, *, span: str) -> dashboard.Da
         .timezone("browser")
         .editable()
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
+    )
+    # What is posted to the server, e.g. by `counterpoise dashboards push --annotations`.
+    board = board.annotation(
+        dashboard.AnnotationQuery()
+        .name("Annotations & Alerts")
+        .built_in(1)
+        .datasource(common_models.DataSourceRef(type_val="grafana", uid="-- Grafana --"))
+        .enable(True)
+        .hide(True)
+        .icon_color("rgba(0, 211, 255, 1)")
+        .type("dashboard")
     )
     board = board.with_variable(datasource_variable())
     for text, other in (("Imbalance", IMBALANCE), ("Sweep", SWEEP), ("Training", TRAINING)):
