@@ -136,7 +136,8 @@ class WandB:
     def __init__(self, run: Subject, last_epoch: int) -> None:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        # never a question on the terminal: without a key from environment or netrc, offline
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "counterpoise",
             id=run.id,
