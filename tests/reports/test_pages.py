@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -11,7 +13,7 @@ import pytest
 from counterpoise.contracts import DataError
 from counterpoise.reports.curves import modality_colors, pictures, png, standalone_svg, svg, write_pictures
 from counterpoise.reports.html import render, write_report
-from counterpoise.reports.records import read_run, read_runs
+from counterpoise.reports.records import epochs_kept, read_run, read_runs, series, without_rehearsals
 from counterpoise.reports.tables import compared
 
 Make = Callable[..., Path]
@@ -31,15 +33,17 @@ def test_the_pictures_that_there_is_data_for(tmp_path: Path, make_run: Make) -> 
     def names(*methods: str) -> list[str]:
         return [p.name for p in pictures([read_run(str(make_run(tmp_path, m, epochs=3))) for m in methods])]
 
-    assert names("joint", "aug") == ["accuracy", "growth", "gap", "loss"]
+    assert names("joint", "aug") == ["accuracy", "growth", "gap", "learning", "loss"]
     assert names("joint") == ["accuracy", "gap", "loss"]
     assert names("audio") == ["accuracy", "loss"]
     assert pictures([]) == []
 
 
 def test_pictures_become_files(tmp_path: Path, make_run: Make) -> None:
-    paths = write_pictures([read_run(str(make_run(tmp_path, "joint", epochs=1)))], str(tmp_path / "out"))
-    assert [Path(p).name for p in paths] == [f"{n}.{k}" for n in ("accuracy", "gap", "loss") for k in ("png", "svg")]
+    found = pictures([read_run(str(make_run(tmp_path, "joint", epochs=1)))])
+    paths = write_pictures(found, str(tmp_path / "out"))
+    kinds = ("png", "svg", "pdf")
+    assert [Path(p).name for p in paths] == [f"{n}.{k}" for n in ("accuracy", "gap", "loss") for k in kinds]
     assert all(Path(p).stat().st_size > 1000 for p in paths)
 
 
@@ -74,7 +78,13 @@ def test_the_report_is_one_file_that_fetches_nothing(tmp_path: Path, make_run: M
     assert 'href="./../runs/cremad-joint-0/"' in page
     assert "ratio of visual 0.874, threshold 0.990" in page
     assert "2 rows could not be decoded and were skipped: truncated JPEG (2)." in page
-    assert page.count('class="n best"') >= 4
+    assert page.count('class="n best"') >= 4 and page.count("<span class=second>") == 0
+    assert "<h2>Accuracy on cremad</h2>" in page and "<h2>Leaderboard</h2>" in page
+    assert "0.8441<sup>a</sup>, 0.8515<sup>b</sup>]" in page
+    for data in re.findall(r'href="data:image/png;base64,([^"]+)"', page):
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+    saved = [base64.b64decode(data) for data in re.findall(r'href="data:image/svg\+xml;base64,([^"]+)"', page)]
+    assert len(saved) == 5 and all(ET.fromstring(text).tag.endswith("svg") for text in saved)
     assert "prefers-color-scheme: dark" in page and "@media print" in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
@@ -89,6 +99,32 @@ def test_everything_from_a_run_is_escaped(tmp_path: Path, make_run: Make) -> Non
     page = render([read_run(str(folder))], title=EVIL)
     assert "<script" not in page
     assert page.count("&lt;script&gt;") > 5
+
+
+def test_rows_lead_to_their_runs(tmp_path: Path, make_run: Make) -> None:
+    folders = [str(make_run(tmp_path, method, seed=seed, epochs=2)) for method in ("joint", "aug") for seed in (0, 1)]
+    page = render(read_runs(folders))
+    heading = re.search(r'<th scope="row"><a href="#(row-\d+)">aug</a></th>', page)
+    assert heading
+    row = page[page.index(f'<tr id="{heading[1]}">') :]
+    assert row.index("cremad-aug-0</a>") < row.index("cremad-aug-1</a>") < row.find("cremad-joint-0</a>", 1)
+    assert all(f'id="{target}"' in page for target in re.findall(r'href="#([^"]+)"', page))
+
+
+def test_rehearsals_are_no_part_of_curves_that_are_compared(tmp_path: Path, make_run: Make) -> None:
+    folder = make_run(tmp_path, "joint", epochs=6)
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    records[0]["stages"] = [{"name": "probe", "epochs": 2, "aside": True}, {"name": "train", "epochs": 4}]
+    for record in records:
+        if record["kind"] == "epoch":
+            record["stage"] = "probe" if record["epoch"] <= 2 else "train"
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run = read_run(str(folder))
+    epochs, gaps = series(run, "gap")
+    assert without_rehearsals(run, epochs, gaps) == ([1, 2, 3, 4], gaps[2:])
+    assert epochs_kept(run) == 4
+    gap = next(picture for picture in pictures([run]) if picture.name == "gap")
+    assert "Epochs that joint rehearses and takes back are left out." in gap.caption
 
 
 def test_an_unfinished_run_has_a_page(tmp_path: Path, make_run: Make) -> None:
@@ -112,7 +148,8 @@ def test_a_comparison_of_methods_has_a_section_of_its_own(tmp_path: Path, make_r
     Strict().feed(page)
     assert "<h2>Methods on equal terms</h2>" in page and "<h2>Further results</h2>" in page
     assert ">p vs joint</th>" in page and page.count(">macro-F1</th>") == 1 and page.count(">fused</th>") == 1
-    assert "exact two-sided sign-flip test" in page and page.count("Best of each column in bold") == 1
+    assert "exact two-sided sign-flip test" in page and page.count("Best of each column in bold") == 2
+    assert "0.8441<sup>a</sup>" in page, "the numbers of papers are on this page too"
     assert "cremad-aug-6" in page and page.count("<svg") < 14, "of many runs, the first of each method is drawn"
 
 

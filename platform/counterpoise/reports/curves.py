@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -18,8 +18,10 @@ from counterpoise.reports.records import (
     accuracy_series,
     all_modalities,
     classifier_steps,
+    epochs_kept,
     reason,
     series,
+    without_rehearsals,
 )
 from counterpoise.reports.tables import group_labels, group_runs
 
@@ -68,18 +70,23 @@ def modality_colors(names: Sequence[str]) -> dict[str, str]:
     return {name: MODALITY_COLORS.get(name) or next(spare) for name in names}
 
 
-def pictures(runs: Sequence[RunData]) -> list[Picture]:
-    """The pictures that these runs have data for."""
+def pictures(runs: Sequence[RunData], groups: Mapping[str, Sequence[RunData]] | None = None) -> list[Picture]:
+    """The pictures that these runs have data for.
+
+    groups: {label: runs} whose curves are averaged; default: runs that differ only in seed and name, of `runs`.
+    """
     runs = [run for run in runs if run.epochs]
     if not runs:
         return []
+    grouped = _labelled(runs) if groups is None else groups
+    several = {key: [run for run in group if len(run.modalities) > 1] for key, group in grouped.items()}
     names = all_modalities(runs)
     colors = modality_colors(names)
     dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(names)}
     found = [_accuracy(runs, colors, dashes)]
     if grown := [run for run in runs if _has_stacks(run)]:
         found.append(_growth(grown, colors, dashes))
-    if several := [run for run in runs if len(run.modalities) > 1 and series(run, "gap")[0]]:
+    if any(series(run, "gap")[0] for group in several.values() for run in group):
         found.append(
             _over_epochs(
                 several,
@@ -90,10 +97,21 @@ def pictures(runs: Sequence[RunData]) -> list[Picture]:
                 "Accuracy of the best minus that of the worst modality after each epoch; 0 is balanced.",
             )
         )
-    if lossy := [run for run in runs if series(run, "train", "loss")[0]]:
+    if len(grouped) > 1:
         found.append(
             _over_epochs(
-                lossy,
+                grouped,
+                "learning",
+                "Learning curves",
+                "fused accuracy",
+                lambda run: accuracy_series(run, FUSED),
+                "Accuracy of all modalities together after each epoch, on valid where the corpus has it.",
+            )
+        )
+    if any(series(run, "train", "loss")[0] for run in runs):
+        found.append(
+            _over_epochs(
+                grouped,
                 "loss",
                 "Training loss",
                 "loss",
@@ -232,8 +250,17 @@ def _ratio_axis(ax: Axes, low: float, high: float) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 
+def _labelled(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
+    """Runs that differ only in seed and name, by a label that tells them from the others."""
+    groups = group_runs(runs)
+    labels = group_labels(groups)
+    if len({group[0].corpus for group in groups}) > 1:
+        labels = [f"{group[0].corpus} {label}" for group, label in zip(groups, labels, strict=True)]
+    return dict(zip(labels, groups, strict=True))
+
+
 def _over_epochs(
-    runs: Sequence[RunData],
+    groups: Mapping[str, Sequence[RunData]],
     name: str,
     title: str,
     label: str,
@@ -241,30 +268,34 @@ def _over_epochs(
     caption: str,
 ) -> Picture:
     """All runs in one panel, coloured by group; where a group has several seeds, each thin and their mean thick."""
-    groups = group_runs(runs)
-    labels = group_labels(groups)
-    if len({group[0].corpus for group in groups}) > 1:
-        labels = [f"{group[0].corpus} {label_}" for group, label_ in zip(groups, labels, strict=True)]
-    if any(len(group) > 1 for group in groups):
+    groups = {key: having for key, group in groups.items() if (having := [run for run in group if values(run)[0]])}
+
+    def kept(run: RunData) -> tuple[list[int], list[float]]:
+        return without_rehearsals(run, *values(run))
+
+    rehearsed = [key for key, group in groups.items() if any(kept(run) != values(run) for run in group)]
+    if rehearsed:
+        caption += f" Epochs that {', '.join(rehearsed)} rehearses and takes back are left out."
+    if any(len(group) > 1 for group in groups.values()):
         caption += " Thin lines are single seeds, thick ones their mean."
 
     def draw(figure: FigureBase, ink: str) -> None:
         ax: Axes = figure.subplots()
-        for i, (group, group_label) in enumerate(zip(groups, labels, strict=True)):
+        for i, (group_label, group) in enumerate(groups.items()):
             color, dash = GROUP_COLORS[i % len(GROUP_COLORS)], DASHES[i % len(DASHES)]
             if len(group) > 1:
                 for run in group:
-                    ax.plot(*values(run), color=color, linewidth=0.8, alpha=0.5)
+                    ax.plot(*kept(run), color=color, linewidth=0.8, alpha=0.5)
             # A run that is still under way has its thin line, but would cut the mean short.
             whole = [run for run in group if run.finished] or group
             if len(group) > 1:
                 group_label = f"{group_label} (n = {len(whole)})"
-            curves = [dict(zip(*values(run), strict=True)) for run in whole]
+            curves = [dict(zip(*kept(run), strict=True)) for run in whole]
             shared = sorted(set.intersection(*(set(curve) for curve in curves)))
             means = [sum(curve[e] for curve in curves) / len(curves) for e in shared]
             _line(ax, shared, means, color=color, linestyle=dash, linewidth=2.2, label=group_label)
         ax.set_ylim(bottom=0)
-        _finish(ax, None, label, max(run.num_epochs for run in runs))
+        _finish(ax, None, label, max(epochs_kept(run) for group in groups.values() for run in group))
 
     return Picture(name, title, caption, (Panel(title, draw),))
 
@@ -307,10 +338,10 @@ def _finish(
         ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=-(-len(handles) // rows),
                   borderaxespad=0.2, handlelength=1.9, columnspacing=1.2, handletextpad=0.5)  # fmt: skip
     if title is not None:
-        ax.set_title(_shortened(title, 52), loc="left", pad=6 + 15 * rows)
+        ax.set_title(shortened(title, 52), loc="left", pad=6 + 15 * rows)
 
 
-def _shortened(text: str, length: int) -> str:
+def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -390,25 +421,39 @@ def svg(panels: Sequence[Panel], name: str, across: int = 3) -> str:
 
 def standalone_svg(picture: Picture) -> str:
     """The whole picture as an SVG file that follows the reader's light or dark setting."""
+    return as_file(svg(picture.panels, picture.name, picture.across))
+
+
+def as_file(text: str) -> str:
+    """An <svg> element as a file of its own."""
     style = "<style>svg{color:#30343b}@media(prefers-color-scheme:dark){svg{color:#c9ced6}}</style>"
-    text = svg(picture.panels, picture.name, picture.across).replace("</title>", f"</title>\n {style}", 1)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}'
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + text.replace("</title>", f"</title>\n {style}", 1)
 
 
 def png(picture: Picture, dpi: int = 160) -> bytes:
     """The whole picture on white."""
+    return _on_white(picture, "png", dpi=dpi, metadata={"Software": None})
+
+
+def pdf(picture: Picture) -> bytes:
+    """The whole picture on white, for LaTeX."""
+    return _on_white(picture, "pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+
+
+def _on_white(picture: Picture, form: str, **options: Any) -> bytes:
     out = io.BytesIO()
     with _style(PNG_INK, picture.name):
         figure = _drawn(picture.panels, PNG_INK, picture.across)
-        figure.savefig(out, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+        figure.savefig(out, format=form, facecolor="white", **options)
     return out.getvalue()
 
 
-def write_pictures(runs: Sequence[RunData], folder: str) -> list[str]:
-    """Every picture as PNG and SVG in `folder`; the paths written."""
+def write_pictures(found: Sequence[Picture], folder: str) -> list[str]:
+    """Every picture as PNG, SVG and PDF in `folder`; the paths written."""
     paths = []
-    for picture in pictures(runs):
-        for name, data in (("png", png(picture)), ("svg", standalone_svg(picture).encode())):
+    for picture in found:
+        files = {"png": png(picture), "svg": standalone_svg(picture).encode(), "pdf": pdf(picture)}
+        for name, data in files.items():
             paths.append(storage.join(folder, f"{picture.name}.{name}"))
             storage.write_bytes(paths[-1], data)
     return paths

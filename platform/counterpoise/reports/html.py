@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.resources
 import os
 import shlex
+import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
 from counterpoise import storage
 from counterpoise.contracts import DataError, Record
 from counterpoise.reports import curves
+from counterpoise.reports.paper import PaperTable, grouped, labelled, leaderboard, paper_table
 from counterpoise.reports.records import RunData, read_runs, reason
-from counterpoise.reports.tables import DASH, Table, comparison, row_label
+from counterpoise.reports.spec import parse_spec
+from counterpoise.reports.tables import DASH, Table, fused_by_seed, row_label
 from counterpoise.wording import duration
 
 TEMPLATE = "template.html.j2"
+PAGE_DPI = 110  # of pictures that can be saved from the page
 MOST_PANELS = 12  # runs of a comparison that are all drawn; of more, the first of each method
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What the report of a sweep has beyond that of runs.
+
+    papers: its tables. groups: {label: runs} whose curves are averaged. pictures: come first. remarks: what could not
+    be done. before: names of usual pictures that come right after `pictures`.
+    """
+
+    papers: Sequence[PaperTable]
+    groups: Mapping[str, Sequence[RunData]]
+    pictures: Sequence[curves.Picture] = ()
+    remarks: Sequence[str] = ()
+    before: Sequence[str] = ()
+
+    def all_pictures(self) -> list[curves.Picture]:
+        """Everything that is drawn, in the order of the page. Of very many rows, the best."""
+        shown = dict(self.groups)
+        if len(shown) > MOST_PANELS:
+            best = sorted(shown, key=lambda label: -(statistics.fmean(fused_by_seed(shown[label]).values() or [-1.0])))
+            shown = {label: group for label, group in shown.items() if label in best[:MOST_PANELS]}
+        runs = [run for group in shown.values() for run in group]
+        if len(runs) > MOST_PANELS:
+            runs = [next((run for run in group if run.finished), group[0]) for group in shown.values() if group]
+        usual = curves.pictures(runs, shown)
+        if len(shown) < len(self.groups):
+            note = f" Of {len(self.groups)} rows the {len(shown)} with the highest fused accuracy."
+            usual = [replace(picture, caption=picture.caption + note) for picture in usual]
+        return [*self.pictures, *sorted(usual, key=lambda picture: picture.name not in self.before)]
 
 
 def write_report(run_uris: Sequence[str], out_path: str, title: str | None = None, table: Table | None = None) -> str:
@@ -31,31 +66,55 @@ def write_report(run_uris: Sequence[str], out_path: str, title: str | None = Non
     return out_path
 
 
+def plain(runs: Sequence[RunData], published: Sequence[str] | None = None) -> Extra:
+    """What a report says of runs that nobody has grouped."""
+    groups = grouped(runs)
+    papers = [paper_table(groups, parse_spec({"published": published}))]
+    return Extra(papers, labelled(groups))
+
+
 def render(
-    runs: Sequence[RunData], out_path: str = "report.html", title: str | None = None, table: Table | None = None
+    runs: Sequence[RunData],
+    out_path: str = "report.html",
+    title: str | None = None,
+    table: Table | None = None,
+    extra: Extra | None = None,
 ) -> str:
-    """The page. out_path: where it will lie, for links from there to the run folders. table: in place of the usual."""
+    """The page. out_path: where it will lie, for links from there to the run folders.
+
+    table: of a comparison of methods, in place of the leaderboard. extra: what there is beyond single runs.
+    """
     import jinja2
 
+    if extra is None and table is None:
+        extra = plain(runs)
+    elif extra is None and table is not None:
+        groups = {row.label: [*row.finished, *row.others] for row in table.rows}
+        paper = paper_table({table.rows[0].corpus: groups}, parse_spec(None))
+        extra = Extra([paper] if paper.printed else [], groups)
+    assert extra is not None
     if table is None:
-        tables = {"Comparison": comparison(runs)}
-        pictured = runs
+        tables = {"Leaderboard": leaderboard(extra.papers)}
     else:
         tables = {"Methods on equal terms": table}
         if table.further:
             tables["Further results"] = replace(table, columns=table.further)
-        pictured = runs if len(runs) <= MOST_PANELS else [row.finished[0] for row in table.rows if row.finished]
     source = importlib.resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"duration": duration, "value": _value, "number": _number}
+    drawn = extra.all_pictures()
     return environment.from_string(source).render(
         title=title or _title(runs, table),
+        papers=extra.papers,
+        remarks=extra.remarks,
         tables=tables,
         row_label=row_label,
+        row_anchor=_row_anchor(tables),
+        starts=lambda paper, i: i > 0 and paper.columns[i].group != paper.columns[i - 1].group,
         after=("epoch", "wall_s", "rate"),
-        pictures=[_inline(picture) for picture in curves.pictures(pictured)],
+        pictures=[_inline(picture) for picture in drawn],
         runs=[_section(i, run, out_path) for i, run in enumerate(runs)],
         anchor=lambda run: f"run-{next(i for i, other in enumerate(runs) if other is run)}",
         latest=max((str(run.manifest.get("created", ""))[:10] for run in runs), default=""),
@@ -74,9 +133,32 @@ def _title(runs: Sequence[RunData], table: Table | None) -> str:
 def _inline(picture: curves.Picture) -> dict[str, Any]:
     import markupsafe
 
-    # matplotlib escapes every text it writes, so the SVG is markup by now.
-    panels = [markupsafe.Markup(curves.svg([panel], f"{picture.name}-{i}")) for i, panel in enumerate(picture.panels)]
-    return {"title": picture.title, "caption": picture.caption, "panels": panels}
+    texts = [curves.svg([panel], f"{picture.name}-{i}") for i, panel in enumerate(picture.panels)]
+    whole = curves.as_file(texts[0]) if len(texts) == 1 else curves.standalone_svg(picture)
+    panels = list(map(markupsafe.Markup, texts))  # matplotlib escapes every text it writes, so SVG is markup by now
+    files = {"PNG": ("image/png", curves.png(picture, PAGE_DPI)),
+             "SVG": ("image/svg+xml", whole.encode())}  # fmt: skip
+    links = [
+        {"kind": kind, "name": f"{picture.name}.{kind.lower()}", "data": f"data:{mime};base64,{_base64(data)}"}
+        for kind, (mime, data) in files.items()
+    ]
+    return {"title": picture.title, "caption": picture.caption, "panels": panels, "links": links}
+
+
+def _row_anchor(tables: Mapping[str, Table]) -> Callable[..., str]:
+    """(heading of a row, its corpus or none for the first that has it) -> id on the page."""
+    rows = list(tables.values())[-1].rows
+    places = {(row.label, row.corpus): f"row-{i}" for i, row in enumerate(rows)}
+
+    def anchor(heading: str, corpus: str | None = None) -> str:
+        found = [place for (label, where), place in places.items() if label == heading and corpus in (None, where)]
+        return found[0] if found else "runs"
+
+    return anchor
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def _section(index: int, run: RunData, out_path: str) -> dict[str, Any]:
@@ -94,6 +176,7 @@ def _section(index: int, run: RunData, out_path: str) -> dict[str, Any]:
         "versions": manifest.get("versions"),
         "hardware": hardware,
         "device": run._first("device"),
+        "sweep": (run.manifest.get("sweep") or {}).get("vary"),
         "workers": run._first("workers"),
         "engine": manifest.get("engine"),
         "threads": manifest.get("threads"),

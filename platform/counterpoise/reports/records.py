@@ -222,6 +222,26 @@ def accuracy_series(run: RunData, name: str) -> tuple[list[int], list[float]]:
     return (epochs, values) if epochs else series(run, "train", "accuracy", name)
 
 
+def _rehearsals(run: RunData) -> set[str]:
+    """Names of the stages that a method tries out and takes back."""
+    return {str(stage["name"]) for stage in run.start.get("stages") or () if stage.get("aside")}
+
+
+def without_rehearsals(run: RunData, epochs: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Epochs and values without those of rehearsals; the epochs that are left count from 1."""
+    aside = _rehearsals(run)
+    left = [int(record["epoch"]) for record in run.epochs if record.get("stage") not in aside]
+    place = {epoch: i for i, epoch in enumerate(left, start=1)}
+    found = {place[epoch]: value for epoch, value in zip(epochs, values, strict=True) if epoch in place}
+    return list(found), list(found.values())
+
+
+def epochs_kept(run: RunData) -> int:
+    """Epochs of a run without those of rehearsals."""
+    aside = _rehearsals(run)
+    return run.num_epochs - sum(int(s["epochs"]) for s in run.start.get("stages") or () if str(s["name"]) in aside)
+
+
 def classifier_steps(run: RunData, modality: str) -> tuple[list[int], list[int]]:
     """Classifiers of a modality over epochs: during the first, then after each with what was decided at its end."""
     epochs: list[int] = []

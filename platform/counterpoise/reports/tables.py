@@ -19,19 +19,20 @@ from counterpoise.wording import duration
 
 DASH = "-"
 DIFFERENCE, P_REFERENCE, P_BEST, CHOSEN, TIME_RATIO = "difference", "p_reference", "p_best", "chosen", "time_ratio"
+WORDS = ("corpus", "method", "classifiers")  # headings of columns that hold words
 ONE_NUMBER = (P_REFERENCE, P_BEST, CHOSEN, TIME_RATIO)  # of a row, not of each of its runs
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of one row: the values of its runs. best: no other row of the corpus is better. spread: show it.
-
-    text: stands in place of the number.
+    """One number of one row: the values of its runs. best: no other row of the corpus is better, second: only the best
+    are. spread: show it. text: stands in place of the number.
     """
 
     values: tuple[float, ...]
     digits: int = 3
     best: bool = False
+    second: bool = False
     seconds: bool = False
     spread: bool = True
     text: str = ""
@@ -99,6 +100,8 @@ class Table:
                       if run.summary and run.summary.get("selection")}  # fmt: skip
         if selections:
             notes.append(f"Epoch selected by best {', '.join(sorted(selections))}.")
+        if any(selection.startswith("test") for selection in selections):
+            notes.append("An accuracy whose epoch was selected on test is the best of all epochs, and too high.")
         if any(row.split != "test" for row in self.rows if row.finished):
             notes.append("Rows marked (valid) or (train) are of a corpus without test split.")
         for row in self.rows:
@@ -143,7 +146,7 @@ def _result(run: RunData) -> tuple[str, dict[str, Any]]:
     return "test", {}
 
 
-def _values(runs: Sequence[RunData], *path: str) -> tuple[float, ...]:
+def values_of(runs: Sequence[RunData], *path: str) -> tuple[float, ...]:
     """The number at `path` of the summaries that have it; paths under "result" are of the shown split."""
     found = []
     for run in runs:
@@ -180,26 +183,26 @@ def comparison(runs: Sequence[RunData], groups: Mapping[str, Sequence[RunData]] 
         row.split = splits.pop() if len(splits) == 1 else "test"
         single = len(first.modalities) < 2
         row.cells = {
-            FUSED: Cell(_values(done, "result", "accuracy", FUSED)),
-            **{f"accuracy/{m}": Cell(_values(done, "result", "accuracy", m)) for m in modalities},
-            "gap": Cell(() if single else _values(done, "result", "gap")),
-            "map": Cell(_values(done, "result", "map", FUSED)),
-            "macro_f1": Cell(_values(done, "result", "macro_f1", FUSED)),
-            "epoch": Cell(_values(done, "selected_epoch"), digits=0 if len(done) < 2 else 1),
-            "wall_s": Cell(_values(done, "wall_s"), seconds=True),
-            "rate": Cell(_values(done, "samples_per_s"), digits=0, spread=False),
+            FUSED: Cell(values_of(done, "result", "accuracy", FUSED)),
+            **{f"accuracy/{m}": Cell(values_of(done, "result", "accuracy", m)) for m in modalities},
+            "gap": Cell(() if single else values_of(done, "result", "gap")),
+            "map": Cell(values_of(done, "result", "map", FUSED)),
+            "macro_f1": Cell(values_of(done, "result", "macro_f1", FUSED)),
+            "epoch": Cell(values_of(done, "selected_epoch"), digits=0 if len(done) < 2 else 1),
+            "wall_s": Cell(values_of(done, "wall_s"), seconds=True),
+            "rate": Cell(values_of(done, "samples_per_s"), digits=0, spread=False),
         }
         row.classifiers = _classifiers(done)
         rows.append(row)
     columns = {key: column for key, column in columns.items() if any(row.cells[key].values for row in rows)}
-    _mark_best(rows, columns)
+    mark_best(rows, columns)
     return Table(rows, columns)
 
 
 def fused_by_seed(runs: Sequence[RunData]) -> dict[int, float]:
     """{seed: fused accuracy} of the finished runs, on the split whose numbers the table shows."""
     return {run.seed: values[0] for run in runs if run.finished and run.seed is not None
-            and (values := _values([run], "result", "accuracy", FUSED))}  # fmt: skip
+            and (values := values_of([run], "result", "accuracy", FUSED))}  # fmt: skip
 
 
 def best_label(scores: Mapping[str, Mapping[int, float]]) -> str | None:
@@ -231,12 +234,8 @@ def compared(
     for row in table.rows:
         row.corpus = corpus  # also of rows without a finished run
         pair, own = to_reference.get(row.label), seconds[row.label]
-        row.cells[DIFFERENCE] = (
-            Cell(pair.differences, text=f"{round(pair.mean, 3) + 0.0:+.3f}")
-            if pair is not None and pair.mean is not None
-            else Cell(())
-        )
-        row.cells[P_REFERENCE], row.cells[P_BEST] = _p_cell(pair), _p_cell(to_best.get(row.label))
+        row.cells[DIFFERENCE] = difference_cell(pair)
+        row.cells[P_REFERENCE], row.cells[P_BEST] = p_cell(pair), p_cell(to_best.get(row.label))
         row.cells[CHOSEN] = Cell((), text=(chosen or {}).get(row.label, ""))
         row.cells[TIME_RATIO] = Cell((own / base,) if own and base else (), digits=2)
     columns: dict[str, tuple[str, bool | None]] = {
@@ -253,13 +252,19 @@ def compared(
     table.columns = {
         k: c for k, c in columns.items() if any(row.cells[k].values or row.cells[k].text for row in table.rows)
     }
-    _mark_best(table.rows, table.columns)
+    mark_best(table.rows, table.columns)
     families = [(f"vs {reference}", list(to_reference.values())), ("vs best", list(to_best.values()))]
-    table.remarks = [*_test_notes(families, best), *_time_notes(table, reference), *remarks]
+    table.remarks = [*significance_notes(families, best), *_time_notes(table, reference), *remarks]
     return table
 
 
-def _p_cell(pair: Paired | None) -> Cell:
+def difference_cell(pair: Paired | None) -> Cell:
+    if pair is None or pair.mean is None:
+        return Cell(())
+    return Cell(pair.differences, text=f"{round(pair.mean, 3) + 0.0:+.3f}")
+
+
+def p_cell(pair: Paired | None) -> Cell:
     if pair is None or pair.p_holm is None:
         return Cell(())
     return Cell((pair.p_holm,), text="<0.0001" if pair.p_holm < 0.0001 else f"{pair.p_holm:.4f}")
@@ -270,7 +275,8 @@ def _seconds_per_epoch(runs: Sequence[RunData]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _test_notes(families: Sequence[tuple[str, Sequence[Paired]]], best: str | None) -> list[str]:
+def significance_notes(families: Sequence[tuple[str, Sequence[Paired]]], best: str | None) -> list[str]:
+    """How p came about, for families of comparisons by name. best: whom one of the families compares to, if any."""
     tested = {name: [pair for pair in pairs if pair.p is not None] for name, pairs in families}
     if not any(tested.values()):
         return []
@@ -278,9 +284,12 @@ def _test_notes(families: Sequence[tuple[str, Sequence[Paired]]], best: str | No
     notes = [
         "Differences are of fused accuracy, seed by seed. p: exact two-sided sign-flip test on them, with Holm's "
         f"correction for the number of comparisons ({counts}).",
-        f"Best is {best}, by mean fused accuracy: picked by these same numbers, so p vs best describes and does not "
-        "confirm.",
     ]
+    if best is not None:
+        notes.append(
+            f"Best is {best}, by mean fused accuracy: picked by these same numbers, so p vs best describes and does "
+            "not confirm."
+        )
     if any(pair.n > EXACT_UP_TO for pairs in tested.values() for pair in pairs):
         notes.append(f"With more than {EXACT_UP_TO} seeds p is from {RESAMPLES:,} sign flips drawn with a fixed seed.")
     short = [note for pairs in tested.values() if (note := power_note(pairs))]
@@ -313,17 +322,20 @@ def _classifiers(runs: Sequence[RunData]) -> str:
     return ", ".join(f"{name} {low}" + (f"-{high}" if high > low else "") for name, (low, high) in spans.items())
 
 
-def _mark_best(rows: Sequence[Row], columns: dict[str, tuple[str, bool | None]]) -> None:
+def mark_best(rows: Sequence[Row], columns: Mapping[str, tuple[str, bool | None]], second: bool = False) -> None:
+    """Mark the best number of each corpus and column; of equal ones all. second: also the next best."""
     for corpus in {row.corpus for row in rows}:
         for key, (_, bigger) in columns.items():
             shown = {id(row): round(mean, row.cells[key].digits) for row in rows
                      if row.corpus == corpus and (mean := row.cells[key].mean) is not None}  # fmt: skip
             if bigger is None or len(shown) < 2:
                 continue
-            best = max(shown.values()) if bigger else min(shown.values())
+            first, *others = sorted(set(shown.values()), reverse=bigger)
             for row in rows:
-                if shown.get(id(row)) == best:
+                if shown.get(id(row)) == first:
                     row.cells[key] = replace(row.cells[key], best=True)
+                elif second and others and len(shown) > 2 and shown.get(id(row)) == others[0]:
+                    row.cells[key] = replace(row.cells[key], second=True)
 
 
 def row_label(row: Row) -> str:
@@ -353,25 +365,29 @@ def _grid(table: Table, mark: str = "") -> tuple[list[str], list[list[str]]]:
     return headings, rows
 
 
-def text_table(runs: Sequence[RunData] | Table) -> str:
-    """The comparison as aligned plain text, with the notes below it; no newline at the end."""
-    table = runs if isinstance(runs, Table) else comparison(runs)
-    headings, rows = _grid(table)
+def aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table as plain text: words to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in [headings, *rows]) for i in range(len(headings))]
-    left = {i for i, heading in enumerate(headings) if heading in ("corpus", "method", "classifiers")}
+    left = {i for i, heading in enumerate(headings) if heading in WORDS}
 
     def line(cells: Sequence[str]) -> str:
         padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
         return "  ".join(padded).rstrip()
 
-    lines = [line(headings), line(["-" * w for w in widths]), *(line(row) for row in rows)]
+    return [line(headings), line(["-" * w for w in widths]), *(line(row) for row in rows)]
+
+
+def text_table(runs: Sequence[RunData] | Table) -> str:
+    """The comparison as aligned plain text, with the notes below it; no newline at the end."""
+    table = runs if isinstance(runs, Table) else comparison(runs)
+    lines = aligned(*_grid(table))
     named = [] if table.further else table.rows  # runs of a comparison are many, and named after method and seed
     sources = [f"{row_label(row)}: {', '.join(row.runs)}" for row in named if row.runs not in ([], [row.label])]
     notes = [*table.notes, *(f"Runs of {source}" for source in sources)]
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
-def _markdown_safe(text: str) -> str:
+def markdown_safe(text: str) -> str:
     for character in ("\\", "|", "<", "*", "_", "`", "["):
         text = text.replace(character, "\\" + character)
     return text.replace("\n", " ")
@@ -381,25 +397,39 @@ def markdown_table(runs: Sequence[RunData] | Table) -> str:
     """The comparison as a Markdown table; the best of each column is bold, the last column names the runs."""
     table = runs if isinstance(runs, Table) else comparison(runs)
     headings, rows = _grid(table, mark="**")
-    text_columns = {i for i, heading in enumerate(headings) if heading in ("corpus", "method", "classifiers")}
-    rules = [":---" if i in text_columns else "---:" for i in range(len(headings))] + [":---"]
-    lines = [[*map(_markdown_safe, headings), "runs"], rules]
-    for row, cells in zip(table.rows, rows, strict=True):
-        safe = [_markdown_safe(c) if i in text_columns else c for i, c in enumerate(cells)]
-        lines.append([*safe, ", ".join(map(_markdown_safe, row.runs)) or DASH])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([text, *map(_markdown_safe, table.notes)]) + "\n"
+    lines = markdown_lines(headings, rows, [row.runs for row in table.rows])
+    return "\n\n".join(["\n".join(lines), *map(markdown_safe, table.notes)]) + "\n"
 
 
-def csv_table(runs: Sequence[RunData] | Table) -> str:
-    """The comparison as CSV in full precision: mean and std of every column apart, then the runs."""
+def markdown_lines(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], sources: Sequence[Sequence[str]]
+) -> list[str]:
+    """Lines of a Markdown table. sources: names of the runs of every row, for the last column."""
+    words = {i for i, heading in enumerate(headings) if heading in WORDS}
+    lines = [[*map(markdown_safe, headings), "runs"]]
+    lines.append([":---" if i in words else "---:" for i in range(len(headings))] + [":---"])
+    for cells, names in zip(rows, sources, strict=True):
+        safe = [markdown_safe(c) if i in words else c for i, c in enumerate(cells)]
+        lines.append([*safe, ", ".join(map(markdown_safe, names)) or DASH])
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def csv_table(
+    runs: Sequence[RunData] | Table, further: Mapping[tuple[str, str], Mapping[str, object]] | None = None
+) -> str:
+    """The comparison as CSV in full precision: mean and std of every column apart, then the runs.
+
+    further: more columns, {(corpus, label of the row): {heading: value}}.
+    """
     table = runs if isinstance(runs, Table) else comparison(runs)
+    more = further or {}
+    named = list(dict.fromkeys(heading for own in more.values() for heading in own))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     numbers = {key: key.removeprefix("accuracy/") for key in table.columns}
     numbers |= {"rate": "samples_per_s", "epoch": "selected_epoch"} if "rate" in numbers else {}
     pairs = [c for key, name in numbers.items() for c in ((name,) if key in ONE_NUMBER else (name, f"{name}_std"))]
-    writer.writerow(["corpus", "method", "split", "n", *pairs, "classifiers", "settings", "runs"])
+    writer.writerow(["corpus", "method", "split", "n", *pairs, "classifiers", *named, "settings", "runs"])
     for row in table.rows:
         cells = []
         for key in numbers:
@@ -407,6 +437,7 @@ def csv_table(runs: Sequence[RunData] | Table) -> str:
             values = (cell.mean,) if key in ONE_NUMBER else (cell.mean, cell.std)
             cells += [cell.text] if key == CHOSEN else ["" if v is None else repr(v) for v in values]
         classifiers = "" if row.classifiers == DASH else row.classifiers
-        writer.writerow([row.corpus, row.label, row.split, len(row.finished), *cells, classifiers, row.digest,
-                         " ".join(row.runs)])  # fmt: skip
+        own = more.get((row.corpus, row.label), {})
+        writer.writerow([row.corpus, row.label, row.split, len(row.finished), *cells, classifiers,
+                         *(own.get(heading, "") for heading in named), row.digest, " ".join(row.runs)])  # fmt: skip
     return out.getvalue()
