@@ -498,30 +498,44 @@ def predict(
 
 @app.command()
 def report(
-    run: Annotated[list[str], typer.Argument(help="Run folders, or folders that hold runs.")],
-    out: Annotated[str, typer.Option("--out", "-o", help="HTML file to write.")] = "report.html",
-    pictures: Annotated[str | None, typer.Option(help="Also write the pictures as PNG and SVG to this folder.")] = None,
+    run: Annotated[list[str], typer.Argument(help="Runs, comparisons, sweeps, or folders that hold runs.")],
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format", "-f", metavar="A,B,...", help="html, md, latex, csv.", show_default="as --out ends, else html"
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", "-o", help="File to write; further formats lie beside it.", show_default="report.html"),
+    ] = None,
+    pictures: Annotated[
+        str | None, typer.Option(help="Also write the pictures as PNG, SVG and PDF to this folder.")
+    ] = None,
     title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+    published: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Papers whose numbers stand beside ours where the corpus is theirs: aug, aug-v1, balance-benchmark, pmr; or none.",
+            show_default="AUG's main results, or as the sweep says",
+        ),
+    ] = None,
+    device: Device = "auto",
 ) -> None:
-    """Compare runs: a table here, and one self-contained HTML page with pictures."""
-    from counterpoise.engine.run import list_runs
-    from counterpoise.reports.html import write_report
-    from counterpoise.reports.records import read_run
-    from counterpoise.reports.tables import text_table
-    from counterpoise.storage import exists, join
+    """Compare runs: tables in the papers' form, a leaderboard, pictures, and where every number comes from."""
+    from counterpoise.report import check_formats, write
 
-    uris: list[str] = []
-    for place in run:
-        inside = [] if exists(join(place, "run.json")) else [folder.uri for folder in list_runs(place)]
-        uris += inside or [place]
-    read = [read_run(uri) for uri in uris]
-    print(text_table(read))
-    say(f"report in {write_report(uris, out, title)}")
-    if pictures:
-        from counterpoise.reports.curves import write_pictures
-
-        for path in write_pictures(read, pictures):
-            say(f"picture in {path}")
+    chosen = None if published is None else [name.strip() for name in published.split(",") if name.strip() != "none"]
+    write(
+        run,
+        formats=check_formats(form, out),
+        out=out,
+        pictures=pictures,
+        title=title,
+        published=chosen,
+        device=device,
+    )
 
 
 @app.command()

@@ -18,8 +18,8 @@ Batch = dict[str, "Tensor"]
 
 # One line of records.jsonl, the truth that every table, picture and gauge is drawn from. All have `seq` (0, 1, ...),
 # `time` (Unix seconds) and `kind`:
-#   start     run, method, corpus, modalities, classes (names), epochs (of all stages), stages [{name, epochs}],
-#             batches (per epoch), samples {split: n}, parameters, workers, device, seed
+#   start     run, method, corpus, modalities, classes (names), epochs (of all stages), stages [{name, epochs, aside}
+#             (aside only where true)], batches (per epoch), samples {split: n}, parameters, workers, device, seed
 #   epoch     epoch (1-based), stage (its name), lr,
 #             train {loss, losses {term: mean}, accuracy {fused, <modality>}, score {<modality>}}: what was computed,
 #             valid {loss, accuracy {fused, <modality>}, score} or null, gap (valid; best minus worst modality),

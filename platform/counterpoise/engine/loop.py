@@ -324,7 +324,11 @@ class Trainer:
                     "modalities": list(self.data.modalities),
                     "classes": list(self.data.classes),
                     "epochs": self.epochs,
-                    "stages": [{"name": s.name, "epochs": s.epochs} for s, epoch in self.plan if epoch == 1],
+                    "stages": [
+                        {"name": s.name, "epochs": s.epochs, **({"aside": True} if s.aside else {})}
+                        for s, epoch in self.plan
+                        if epoch == 1
+                    ],
                     "batches": len(self.bounds) - 1,
                     "samples": {split: self.data.num_samples(split) for split in ("train", "valid", "test")},
                     "parameters": sum(p.numel() for p in self.net.parameters()),
