@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +69,12 @@ class Watched:
             self.state.take_status(self.folder.state(), self.tail.status)
         return new
 
+    def past(self) -> list[dict[str, Any]]:
+        """What happened before we looked, in order; what was done again is there once."""
+        state = self.state
+        records = [state.start, *state.epochs.values(), *state.decisions, *state.events]
+        return sorted((record for record in records if record), key=lambda record: record.get("seq", 0))
+
     @property
     def ended(self) -> bool:
         return self.state.state in ENDED
@@ -114,59 +119,52 @@ def watch_runs(places: Sequence[str], *, once: bool = False, interval_s: float |
     with suppress(KeyboardInterrupt):  # looking ends, nothing else does
         if console.is_terminal and not console.is_dumb_terminal:
             with Live(console=console, auto_refresh=False, transient=True) as live:
-                for now in _looks(runs, places, pause):
-                    live.update(_view(now, console), refresh=True)
+                live.update(_view(list(runs.values()), console), refresh=True)
+                for _ in _looks(runs, places, pause):
+                    live.update(_view(list(runs.values()), console), refresh=True)
             console.print(_view(list(runs.values()), console, limit=False))
         else:
             for run in runs.values():
-                _say_all(run, several=len(runs) > 1)
-            for now in _looks(runs, places, pause, _say_new):
-                sys.stdout.flush()
-                del now
+                _say(run, run.past(), several=len(runs) > 1)
+            for news in _looks(runs, places, pause):
+                for run, records in news:
+                    _say(run, records, several=len(runs) > 1)
 
 
-def _looks(runs: dict[str, Watched], places: Sequence[str], pause: float, tell: Any = None) -> Iterable[list[Watched]]:
-    """The runs after every look, until all have ended; new ones are taken in. tell: called with a run and its news."""
+def _looks(
+    runs: dict[str, Watched], places: Sequence[str], pause: float
+) -> Iterator[list[tuple[Watched, list[dict[str, Any]]]]]:
+    """What was found in every look, until all runs have ended; new runs are taken in."""
     single = set(runs) == {place.rstrip("/") for place in places}
     found = busy = time.monotonic()
+    looks = 0
     while True:
-        yield list(runs.values())
         now = time.monotonic()
         if not all(run.ended for run in runs.values()):
             busy = now
         elif single or now - busy > SETTLE_S:
             return
         time.sleep(pause)
+        looks += 1
         if not single and now - found > FIND_S:
             found = now
             runs |= {uri: Watched.of(uri) for uri in find_runs(places) if uri not in runs}
-        for run in runs.values():
-            if run.ended and single is False and run.said == run.state.state:
-                continue  # runs that ended stay as they are, unless somebody goes on with them
-            news = run.look()
-            if tell is not None:
-                tell(run, news, several=len(runs) > 1)
+        # Those that have ended are looked at now and then: somebody may go on with them.
+        yield [(run, run.look()) for run in runs.values() if not run.ended or looks % 10 == 0]
 
 
 # --- lines
 
 
-def _say_new(run: Watched, news: Sequence[dict[str, Any]], several: bool) -> None:
+def _say(run: Watched, news: Sequence[dict[str, Any]], several: bool) -> None:
     before = f"{run.tail.name}  " if several else ""
     for record in news:
         with suppress(TypeError, ValueError, KeyError, AttributeError):
             if text := _line(run, record):
-                print(_clean(before + text))
+                print(_clean(before + text), flush=True)
     if run.ended and run.said != run.state.state:
-        print(_clean(end_line(run.tail.name, run.state.state, run.tail.summary)))
+        print(_clean(end_line(run.tail.name, run.state.state, run.tail.summary)), flush=True)
     run.said = run.state.state
-
-
-def _say_all(run: Watched, several: bool) -> None:
-    """What happened before we looked."""
-    state = run.state
-    past = [state.start, *sorted([*state.epochs.values(), *state.decisions], key=lambda record: record.get("seq", 0))]
-    _say_new(run, [record for record in past if record], several)
 
 
 def _line(run: Watched, record: dict[str, Any]) -> str:
@@ -219,9 +217,9 @@ def picture(run: Watched, console: Console, now: float | None = None) -> Group:
     """One run. now: the time by which ages are told; default: of this machine."""
     state, tail = run.state, run.tail
     now = time.time() if now is None else now
-    parts: list[RenderableType] = [_title(run, now), *_progress(run)]
+    parts: list[RenderableType] = [_title(run, now), *_progress(run, console)]
     if state.epochs:
-        parts += ["", _accuracies(state, console)]
+        parts += ["", *_accuracies(state, console)]
         if len(state.modalities) > 1:
             parts += ["", *_scores(state, console)]
     if state.decisions:
@@ -252,22 +250,23 @@ def _title(run: Watched, now: float) -> Text:
     return text
 
 
-def _progress(run: Watched) -> list[RenderableType]:
+def _progress(run: Watched, console: Console) -> list[RenderableType]:
     state, status = run.state, run.state.status
-    epoch, epochs = status.get("epoch"), state.num_epochs
+    epoch, epochs, share = status.get("epoch"), state.num_epochs, state.progress()
     if state.state == "finished" or epoch is None or not epochs:
         return []
-    row = Table.grid(padding=(0, 2))
-    share = state.progress()
-    words = f"epoch {epoch}/{epochs}"
+    words = [f"epoch {epoch}/{epochs}"]
     if status.get("batches"):
-        words += f", batch {status.get('batch', 0)}/{status['batches']}"
+        words.append(f"batch {status.get('batch', 0)}/{status['batches']}")
     if isinstance(status.get("loss"), int | float):
-        words += f", loss {status['loss']:.3f}"
+        words.append(f"loss {status['loss']:.3f}")
+    if share is not None:
+        words.append(f"{share:.0%} done")
     if state.state == "running" and isinstance(status.get("eta_s"), int | float):
-        words += f", {duration(status['eta_s'])} left"
-    bar = ProgressBar(total=1.0, completed=share or 0.0, width=WIDTH)
-    row.add_row(bar, Text(words))
+        words.append(f"{duration(status['eta_s'])} left")
+    row = Table.grid(padding=(0, 2, 0, 0))
+    bar = [ProgressBar(total=1.0, completed=share, width=WIDTH)] if share is not None and console.is_terminal else []
+    row.add_row(*bar, Text(", ".join(words)))
     return [row]
 
 
@@ -277,27 +276,27 @@ def _grid() -> Table:
     return table
 
 
-def _accuracies(state: RunState, console: Console) -> Table:
+def _accuracies(state: RunState, console: Console) -> list[RenderableType]:
     """Fused and single accuracies on one axis, and the gap on its own from 0."""
     epochs = sorted(state.epochs)
-    parts = [(state.epochs[e].get("valid") or state.epochs[e].get("train") or {}) for e in epochs]
-    split = "valid" if state.last.get("valid") else "train"
     names = [FUSED, *(state.modalities if len(state.modalities) > 1 else ())]
-    values = {name: [_value((part.get("accuracy") or {}).get(name)) for part in parts] for name in names}
+    found = [_accuracy(state.epochs[e]) for e in epochs]
+    values = {name: [_value(accuracy.get(name)) for accuracy in found] for name in names}
     known = [v for own in values.values() for v in own if v is not None]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     table = _grid()
-    span = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
-    head = f"{low:.3f} to {high:.3f}, {span}"
-    table.add_row(Text(f"{split}", "dim"), Text(head, "dim"), Text("now", "dim"), Text("best", "dim"))
     for name, own in values.items():
         style = "bold" if name == FUSED else STYLES.get(name, "cyan")
         _curve_row(table, name, own, epochs, low, high, style, console, best=max)
+    gap = ""
     if len(names) > 2:
         gaps = [_value(state.epochs[e].get("gap")) for e in epochs]
         top = max((gap for gap in gaps if gap is not None), default=1.0)
         _curve_row(table, "gap", gaps, epochs, 0.0, top, "", console, best=min)
-    return table
+        gap = f", of the gap from 0 to {top:.3f}"
+    span = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
+    split = "valid" if state.last.get("valid") else "train"
+    return [Text(f"accuracy on {split}, {span}; bars from {low:.3f} to {high:.3f}{gap}", "dim"), table]
 
 
 def _curve_row(
@@ -318,7 +317,7 @@ def _curve_row(
         Text(_clean(name), style),
         Text(curve(values, low, high, bars=_bars(console)), style),
         now,
-        Text(f"{found[0]:.3f} in epoch {found[1]}" if found else "-", "dim"),
+        Text(f"best {found[0]:.3f} in epoch {found[1]}" if found else "", "dim"),
     )
 
 
@@ -328,7 +327,7 @@ def _scores(state: RunState, console: Console) -> list[RenderableType]:
     if not ratios:
         return []
     epochs = sorted(state.epochs)
-    words = "scores on train, and their ratio to the others"
+    words = "scores on train, bars from 0 to 1, and their ratio to the others"
     if bounds:
         words += f"; balanced from {bounds['low']:.3f} to {bounds['high']:.3f}"
     table = _grid()
@@ -383,36 +382,47 @@ def _facts(state: RunState, now: float) -> list[RenderableType]:
 def overview(runs: Sequence[Watched], console: Console, rows: int | None = None) -> RenderableType:
     """Several runs, a line each; those that run first, then the others. rows: how many there is room for."""
     ranked = sorted(runs, key=lambda run: run.state.state != "running")
-    names = _short_names(ranked)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("run", "method", "state", "epoch", FUSED, "", "modalities", "gap", "classifiers", "left"):
-        table.add_column(column, no_wrap=True)
     shown = ranked if rows is None else ranked[: max(rows, 3)]
-    for run in shown:
-        state = run.state
-        last, epochs = state.last, sorted(state.epochs)
-        own = [_value(_accuracy(state.epochs[e]).get(FUSED)) for e in epochs]
-        accuracy = _accuracy(last)
-        single = [f"{m} {accuracy[m]:.3f}" for m in state.modalities if _value(accuracy.get(m)) is not None]
-        several = len(state.modalities) > 1
-        eta = state.status.get("eta_s")
-        table.add_row(
-            Text(_clean(names[run.uri]), "bold"),
-            _clean(str(state.start.get("method") or state.status.get("method") or "?")),
-            Text(state.state, STATE_STYLES.get(state.state, "dim")),
-            f"{last.get('epoch', 0)}/{state.num_epochs or '?'}",
-            f"{own[-1]:.3f}" if own and own[-1] is not None else "-",
-            curve(own, 0.0, 1.0, width=16, bars=_bars(console)),
-            _clean("  ".join(single)) if several else "",
-            f"{last['gap']:.3f}" if several and _value(last.get("gap")) is not None else "",
-            "+".join(map(str, state.classifiers().values())),
-            duration(eta) if state.state == "running" and isinstance(eta, int | float) else "",
-        )
+    names = _short_names(ranked)
+    lines = [_overview_row(run, names[run.uri], console) for run in shown]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    columns = ["run", "method", "state", "epoch", "left", FUSED, "", "gap", "classifiers", "modalities"]
+    widths = [max(len(column), *(len(line[i]) for line in lines)) for i, column in enumerate(columns)]
+    room = console.width - sum(width + 2 for width in widths)
+    if room < 0:  # what the picture of one run shows too
+        columns.pop()
+        room += widths.pop() + 2
+    for column, width in zip(columns, widths, strict=True):
+        least = max(12, width + room) if column == "run" else width
+        table.add_column(column, no_wrap=True, min_width=min(width, least), overflow="ellipsis")
+    for line in lines:
+        table.add_row(*line[: len(columns)])
     counts = {name: sum(run.state.state == name for run in runs) for name in ("running", "created", *ENDED)}
     words = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
     if len(shown) < len(ranked):
         words += f"; {len(ranked) - len(shown)} more are not shown"
     return Group(table, Text(words, "dim"))
+
+
+def _overview_row(run: Watched, name: str, console: Console) -> list[Text]:
+    state, last = run.state, run.state.last
+    own = [_value(_accuracy(state.epochs[e]).get(FUSED)) for e in sorted(state.epochs)]
+    accuracy = _accuracy(last)
+    single = [f"{m} {accuracy[m]:.3f}" for m in state.modalities if _value(accuracy.get(m)) is not None]
+    several = len(state.modalities) > 1
+    eta = state.status.get("eta_s")
+    return [
+        Text(_clean(name), "bold"),
+        Text(_clean(str(state.start.get("method") or state.status.get("method") or "?"))),
+        Text(state.state, STATE_STYLES.get(state.state, "dim")),
+        Text(f"{last.get('epoch', 0)}/{state.num_epochs or '?'}"),
+        Text(duration(eta) if state.state == "running" and isinstance(eta, int | float) else ""),
+        Text(f"{own[-1]:.3f}" if own and own[-1] is not None else "-"),
+        Text(curve(own, 0.0, 1.0, width=12, bars=_bars(console))),
+        Text(f"{last['gap']:.3f}" if several and _value(last.get("gap")) is not None else ""),
+        Text("+".join(map(str, state.classifiers().values()))),
+        Text(_clean("  ".join(single)) if several else ""),
+    ]
 
 
 def _short_names(runs: Sequence[Watched]) -> dict[str, str]:

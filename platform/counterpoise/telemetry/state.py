@@ -163,7 +163,7 @@ class RunState:
         if self.summary is not None:
             return 1.0
         step, batches = _number(self.status.get("step")), _number(self.status.get("batches"))
-        if step is None or not batches or not self.num_epochs:
+        if step is None or not batches or not self.num_epochs:  # before the first, or of an older version
             return None
         return min(1.0, step / (batches * self.num_epochs))
 
