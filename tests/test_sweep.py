@@ -103,6 +103,12 @@ def test_what_decides_needs_a_valid_split(tmp_path: Path, place: Path, command: 
     assert code == 2 and "search optuna decides on the valid split" in err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
+def test_a_gpu_that_is_not_there_is_missed_before_anything_starts(command: Any) -> None:
+    code, _, err = command({"resources": {"gpus": 0.5}})
+    assert code == 4 and "resources.gpus is 0.5, and this machine has no CUDA device" in err
+
+
 def test_a_dry_run_measures_a_step_and_starts_nothing(place: Path, command: Any) -> None:
     content = {"vary": {"method": ["joint", "aug"], "optim.lr": [0.01, 0.05]}, "seeds": [0, 1, 2]}
     code, out, err = command(content, "--dry-run", "--max-concurrent", "3", "--json")

@@ -32,6 +32,7 @@ from counterpoise.config import Experiment, changed_fields, parse_yaml, resolve
 from counterpoise.contracts import ConfigError, DataError, Interrupted, RefusedError, ResourceError
 from counterpoise.data.plan import generator
 from counterpoise.engine.exploit import exploit
+from counterpoise.engine.job import chosen_device
 from counterpoise.engine.run import EXPERIMENT, MANIFEST, RunFolder, check_name, redact
 from counterpoise.launch.session import SCHEDULER, Order, mark_stopped
 from counterpoise.reports.records import FUSED, read_run, series
@@ -595,6 +596,7 @@ class Runner:
     def _order(self, trial: Trial) -> Order:
         seen, provenance = self.prepared.get(trial)
         content = run_content(seen, provenance, trial.name, sys.argv[1:])
+        content["manifest"]["device"] = "cuda" if self.sweep.resources.gpus else "cpu"
         content["manifest"]["sweep"] = {"name": self.name, "trial": trial.name, "vary": trial.vary}
         resources = self.sweep.resources
         return Order(
@@ -802,9 +804,14 @@ def run_sweep(
     elif name is not None and storage.list_names(join(runs, name)):
         raise _in_use(runs, name)
     sweep = asked.sweep
-    settings = replace(settings, device="cuda" if sweep.resources.gpus else "cpu", threads=sweep.resources.threads)
-    if sweep.resources.gpus and settings.address:
-        settings = replace(settings, device="cpu")  # here; the GPUs are the cluster's
+    resources = sweep.resources
+    device = "cuda" if resources.gpus and not settings.address else "cpu"  # here; a cluster's GPUs are there
+    if device == "cuda" and chosen_device("auto") == "cpu":
+        raise ResourceError(
+            f"resources.gpus is {resources.gpus:g}, and this machine has no CUDA device; set it to 0, or name a Ray "
+            "cluster that has some with --address"
+        )
+    settings = replace(settings, workers=resources.workers, threads=resources.threads, device=device)
     prepared = Prepared(asked, settings)
     trials = [] if sweep.search.name == "optuna" else plan(sweep)
     checked = trials or first_points(sweep)
