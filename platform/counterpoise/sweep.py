@@ -36,6 +36,7 @@ from counterpoise.engine.job import chosen_device
 from counterpoise.engine.run import EXPERIMENT, MANIFEST, RunFolder, check_name, redact
 from counterpoise.launch.session import SCHEDULER, Order, mark_stopped
 from counterpoise.reports.records import FUSED, read_run, series
+from counterpoise.reports.spec import parse_spec
 from counterpoise.reports.tables import Table, comparison, text_table
 from counterpoise.start import (
     Preview,
@@ -110,6 +111,9 @@ def check(asked: Asked, prepared: Prepared, trials: Sequence[Trial]) -> None:
         if (other := digests.setdefault(experiment.digest, trial)) is not trial and asked.sweep.search.name == "grid":
             raise ConfigError(f"{trial.label} and {other.label} are the same experiment")
         check_name(trial.name)
+    # Points that a search draws have no labels before.
+    labels = list(dict.fromkeys(trial.label for trial in trials)) if asked.sweep.search.name == "grid" else None
+    parse_spec(asked.sweep.report, labels)
     if isinstance(pbt := asked.sweep.scheduler, Pbt):
         if len(trials) < 2:
             raise ConfigError("pbt needs two trials or more; give more under vary, search or seeds")
@@ -879,11 +883,9 @@ def run_sweep(
             tries = f"{entry['tries']} {'try' if entry['tries'] == 1 else 'tries'}"
             say(f"failed: {entry['name']} after {tries}: {entry['error']}")
         if (out or storage.is_local(runs)) and table.rows:
-            from counterpoise.reports.html import write_report
+            from counterpoise.report import write
 
-            uris = [join(root, entry["name"]) for entry in ledger.entries.values()]
-            uris = [uri for uri in uris if storage.exists(join(uri, MANIFEST))]
-            say(f"report in {write_report(uris, out or join(root, 'report.html'), sweep.title or None)}")
+            write([root], out=out or join(root, "report.html"), device=settings.device, show=False)
     return not failed
 
 
