@@ -32,7 +32,7 @@ from counterpoise.contracts import (
     RefusedError,
     ResourceError,
 )
-from counterpoise.data.card import load_card
+from counterpoise.engine.job import experiment_card
 from counterpoise.engine.run import MANIFEST, RunFolder, check_name, redact, safe_name
 from counterpoise.methods import METHODS
 from counterpoise.reports.html import write_report
@@ -153,7 +153,7 @@ def _labels(text: str, experiment: Mapping[str, Any], sets: Sequence[str]) -> li
     if text != "all":
         return [part.strip() for part in text.split(",") if part.strip()]
     base, _ = resolve(experiment, [*sets, "method.name=joint"])
-    modalities = load_card(base.corpus).select(list(base.modalities) or None)
+    modalities = experiment_card(base).select(list(base.modalities) or None)
     found = []
     for name, method in METHODS.items():
         field = method.Config.model_fields.get("modality")
@@ -262,6 +262,11 @@ def prepare(asked: Asked, labels: Sequence[str], settings: Settings, skip: bool)
         if asked.tune and not seen.samples["valid"]:
             raise ConfigError(
                 f"--tune chooses on the valid split, and corpus {experiment.corpus} has none; carve one on its card"
+            )
+        if asked.tune and seen.selects_on == "test":
+            raise ConfigError(
+                f"--tune would choose on test, as protocol {experiment.protocol} selects epochs; "
+                "take a protocol that selects on valid"
             )
         for other, entry in entries.items():
             if entry.seen.experiment.digest == experiment.digest:

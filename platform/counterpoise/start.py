@@ -66,6 +66,7 @@ class Preview:
     experiment: Experiment
     settings: Settings
     samples: dict[str, int]
+    selects_on: str
     classes: int
     encoders: dict[str, str]
     parameters: int
@@ -75,17 +76,25 @@ class Preview:
 
     def lines(self) -> list[str]:
         experiment, settings = self.experiment, self.settings
+        protocol = f", protocol {experiment.protocol}" if experiment.protocol else ""
         splits = ", ".join(f"{split} {count:,}" for split, count in self.samples.items() if count)
         modalities = ", ".join(f"{name} ({encoder})" for name, encoder in self.encoders.items())
         return [
-            f"corpus      {experiment.corpus}: {splits} samples, {self.classes} classes, data {self.fingerprint[:12]}",
+            f"corpus      {experiment.corpus}{protocol}: {splits} samples, {self.classes} classes, "
+            f"data {self.fingerprint[:12]}",
             f"modalities  {modalities}; {self.parameters:,} parameters",
             f"method      {experiment.method_name}",
             f"training    {experiment.epochs} epochs of {self.batches} batches of up to {experiment.batch_size}, "
             f"{experiment.optim.name} lr {experiment.optim.lr}, seed {experiment.seed}, digest {experiment.digest}",
+            *self._warning(),
             f"engine      {settings.engine}, {settings.workers} worker{'s' if settings.workers > 1 else ''} on "
             f"{settings.resolved_device}, {settings.resolved_threads} threads each",
         ]
+
+    def _warning(self) -> list[str]:
+        if self.selects_on == "valid" or self.experiment.select == "last":
+            return []
+        return ["selection   on test, as the paper does: its accuracy is the best of all epochs, and too high"]
 
 
 def preview(experiment: Experiment, settings: Settings) -> Preview:
@@ -108,6 +117,7 @@ def preview(experiment: Experiment, settings: Settings) -> Preview:
             experiment,
             replace(settings, device=device),
             samples,
+            data.selects_on,
             len(data.classes),
             {name: encoder.name for name, encoder in encoder_configs(experiment, data).items()},
             sum(p.numel() for p in net.parameters()),

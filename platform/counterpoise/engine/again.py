@@ -9,13 +9,14 @@ import torch
 
 from counterpoise.config import parse_yaml, resolve
 from counterpoise.contracts import ConfigError, DataError
+from counterpoise.data.card import load_card
 from counterpoise.engine import checkpoint
 from counterpoise.engine.comm import SingleComm
 from counterpoise.engine.evaluate import at_missing_rate, predict, predict_without, prediction_columns
 from counterpoise.engine.job import chosen_device, open_data
 from counterpoise.engine.loop import load_model, make_method, make_network
-from counterpoise.engine.probe import probe_logits, with_probes
 from counterpoise.engine.metrics import classification_metrics
+from counterpoise.engine.probe import probe_logits, with_probes
 from counterpoise.engine.run import RunFolder
 from counterpoise.storage import join
 from counterpoise.wording import did_you_mean
@@ -45,14 +46,18 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Metrics of the selected epoch of a run on a split; predictions go to evaluation-<split>.parquet.
 
-    corpus: another corpus that has the run's modalities and classes; default: the run's own.
+    corpus: another corpus that has the run's modalities and classes, as its card has the run's protocol, or as it is;
+    default: the run's own.
     probe: also fit a linear probe to the frozen encoder of every modality, on the train split of the run's corpus.
     missing: modalities to be missing, one case each: `audio`, several at once as `audio+visual`, or `each` in turn.
     missing_rates: shares of samples that lack one modality, see `at_missing_rate`.
     """
     folder = RunFolder.open(run)
     own, _ = resolve(parse_yaml(folder.experiment_text, folder.at("experiment.yaml")))
-    experiment = own if corpus is None else own.model_copy(update={"corpus": corpus})
+    experiment = own
+    if corpus is not None:
+        protocol = own.protocol if own.protocol in load_card(corpus).protocols else None
+        experiment = own.model_copy(update={"corpus": corpus, "protocol": protocol})
     best = selected(folder)
     place = torch.device(chosen_device(device))
     comm = SingleComm()

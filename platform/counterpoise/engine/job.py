@@ -11,7 +11,7 @@ import torch
 
 from counterpoise.config import Experiment
 from counterpoise.contracts import Comm, ConfigError, CounterpoiseError, DataSource, Interrupted, ResourceError
-from counterpoise.data.card import load_card
+from counterpoise.data.card import Card, load_card
 from counterpoise.data.loader import LocalData
 from counterpoise.engine.loop import Progress, RunOptions, Trainer
 from counterpoise.engine.run import RunFolder
@@ -44,6 +44,11 @@ def chosen_device(name: str) -> str:
 OpenData = Callable[..., DataSource]
 
 
+def experiment_card(experiment: Experiment) -> Card:
+    """The card of an experiment's corpus, as its protocol and its own preprocessing have it."""
+    return load_card(experiment.corpus).under(experiment.protocol, experiment.preprocess)
+
+
 def open_data(
     experiment: Experiment,
     rank: int = 0,
@@ -53,7 +58,7 @@ def open_data(
     **more: Any,
 ) -> DataSource:
     """The corpus of an experiment as one worker sees it, limited to the modalities that are trained."""
-    card = load_card(experiment.corpus)
+    card = experiment_card(experiment)
     names = list(card.select(list(experiment.modalities) or None))
     used = METHODS[experiment.method_name].uses(experiment.method, names)
     return kind(

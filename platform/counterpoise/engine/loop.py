@@ -321,6 +321,7 @@ class Trainer:
                     "run": self.folder.name if self.folder else "",
                     "method": self.experiment.method_name,
                     "corpus": self.experiment.corpus,
+                    "protocol": self.experiment.protocol,
                     "modalities": list(self.data.modalities),
                     "classes": list(self.data.classes),
                     "epochs": self.epochs,
@@ -686,11 +687,12 @@ class Trainer:
         summary = {
             "method": self.experiment.method_name,
             "corpus": self.experiment.corpus,
+            "protocol": self.experiment.protocol,
             "modalities": list(self.data.modalities),
             "seed": self.experiment.seed,
             "epochs": self.epochs,
             "selected_epoch": state["epoch"],
-            "selection": "valid accuracy (fused)" if self.experiment.select == "best_valid" else "last epoch",
+            "selection": self._selection(),
             split: {
                 "samples": len(found.rows),
                 "skipped": len(progress.skipped.get(split, [])),
@@ -712,6 +714,11 @@ class Trainer:
             summary["valid"] = {"accuracy": chosen.accuracy, "gap": accuracy_gap(chosen.accuracy)}
         self._record({"kind": "end", "summary": summary})
         return summary
+
+    def _selection(self) -> str:
+        if self.experiment.select == "last":
+            return "last epoch"
+        return f"{self.data.selects_on} accuracy (fused)"
 
 
 def _split_record(stats: SplitStats) -> dict[str, Any]:
