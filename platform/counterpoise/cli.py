@@ -590,6 +590,23 @@ def corpora_list(as_json: Json = False) -> None:
     say(f"prepared corpora lie in {corpora_home()}; a card anywhere works too: corpora check PATH")
 
 
+@corpora.command("show")
+def corpora_show(
+    place: Annotated[str, typer.Argument(help="A corpus of `corpora list`, or path or URI of a card.")],
+    protocol: Annotated[str | None, typer.Option(help="The card as this protocol has it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The card of a corpus: classes, splits, preprocessing of every modality, and its protocols."""
+    from counterpoise.data.card import card_lines
+    from counterpoise.data.recipes import card_of
+
+    card = card_of(place).under(protocol)
+    if as_json:
+        print(json.dumps(card.model_dump(mode="json", by_alias=True), indent=2))
+    else:
+        print("\n".join(card_lines(card)))
+
+
 @corpora.command("prepare")
 def corpora_prepare(
     name: Annotated[str, typer.Argument(help="A corpus of `corpora list`.")],
