@@ -621,6 +621,8 @@ class Runner:
 
     def _observe(self, what: str, name: str, facts: dict[str, Any]) -> None:
         entry, now = self.ledger.entries[name], time.monotonic()
+        if what == "start" and self.stop.reason:
+            return  # it will not begin
         if what == "start":
             self._began.setdefault(name, now)
             self.ledger.update(name, state="running", tries=max(entry["tries"], 1))
@@ -640,7 +642,8 @@ class Runner:
         elif facts.get("done") and facts["state"] != "running":  # a scheduler's stop makes an epoch the last
             self._done(name, facts, taken)
         else:
-            self.ledger.update(name, tries=facts["tries"], epoch=facts["epoch"], selected=facts["selected"])
+            found = {key: facts[key] for key in ("tries", "epoch", "selected")}
+            self.ledger.update(name, **found, time_s=round(taken, 3))
         self.ledger.save()
 
     def _done(self, name: str, facts: Mapping[str, Any], taken: float) -> None:

@@ -27,7 +27,7 @@ from counterpoise.storage import join, read_bytes
 from counterpoise.sweep import run_sweep
 from counterpoise.sweepfile import ask
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(500)]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_trials_are_ordinary_runs_with_the_bits_of_a_run_alone(
     found = entries(place, "grid")
     assert list(found) == ["joint-seed0", "aug-seed0", "joint-seed1", "aug-seed1"]
     assert {(e["state"], e["tries"], e["error"]) for e in found.values()} == {("finished", 1, None)}
-    assert all(0 < e["time_s"] < 280 and e["epoch"] == 3 for e in found.values())
+    assert all(0 < e["time_s"] < 500 and e["epoch"] == 3 for e in found.values())
     assert saved(place, "grid")["report"] == {"rows": {"aug": "AUG"}} and saved(place, "grid")["title"] == "Two methods"
     for name, entry in found.items():
         alone = run_experiment(
@@ -134,7 +134,7 @@ def test_a_trial_that_fails_is_reported_and_one_whose_process_dies_goes_on(
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     vary = {"method": ["joint:optim.lr=1e30", "joint", "aug"]}
-    assert not sweep("bad", {"vary": vary}, ("epochs=30",), max_concurrent=3)
+    assert not sweep("bad", {"vary": vary}, ("epochs=20",), max_concurrent=3)
     killer.join()
     found = entries(place, "bad")
     assert found["joint-seed0"]["state"] == "finished" and found["joint-seed0"]["tries"] == 1
@@ -292,7 +292,7 @@ def command(place: Path, *arguments: str, wait: bool = True) -> Any:
         argv, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env=environment,
     )  # fmt: skip
-    return (started, started.communicate(timeout=250)[0]) if wait else started
+    return (started, started.communicate(timeout=400)[0]) if wait else started
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 200) -> None:
@@ -308,7 +308,7 @@ def test_a_sweep_whose_command_is_killed_goes_on_to_the_same_result(
     content = {"experiment": "base.yaml", "vary": {"method": ["joint", "aug"]}, "seeds": [0]}
     (place / "killed.yaml").write_text(yaml.safe_dump(content))
     started = command(
-        place, "killed.yaml", "--name", "killed", "--set", "epochs=80", "--max-concurrent", "2", wait=False
+        place, "killed.yaml", "--name", "killed", "--set", "epochs=30", "--max-concurrent", "2", wait=False
     )
     folder = RunFolder(str(place / "runs" / "killed" / "aug-seed0"))
     wait_for(lambda: started.poll() is not None or folder.read_status().get("epoch", 0) > 3)
@@ -320,7 +320,7 @@ def test_a_sweep_whose_command_is_killed_goes_on_to_the_same_result(
     assert not [line for line in output.splitlines() if "Traceback" in line or "ray." in line or "Warning" in line]
     assert {entry["state"] for entry in entries(place, "killed").values()} == {"finished"}
     for method in ("joint", "aug"):
-        alone = run_experiment(settings(corpus, epochs=80), [f"method.name={method}"])
+        alone = run_experiment(settings(corpus, epochs=30), [f"method.name={method}"])
         assert equal(weights(place / "runs" / "killed" / f"{method}-seed0"), alone.weights)
 
 
