@@ -14,7 +14,7 @@ from counterpoise.reports.spec import SensitivitySpec, parse_spec
 from counterpoise.sweepfile import Asked, Trial, ask, plan
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "trainables" / "experiments"
-SWEEPS = sorted((EXPERIMENTS / "paper").glob("*.yaml"))
+SWEEPS = sorted(EXPERIMENTS.glob("*/*.yaml"))
 NAMES = [f"table{i}" for i in range(1, 7)] + [f"figure{i}" for i in (1, 3, 4, 5)] + ["missing"]
 
 
@@ -24,7 +24,7 @@ def trials(path: Path) -> tuple[Asked, list[Trial]]:
 
 
 def test_every_table_and_figure_of_the_paper_is_there() -> None:
-    assert sorted(path.stem for path in SWEEPS) == sorted(NAMES)
+    assert sorted(path.stem for path in SWEEPS if path.parent.name == "paper") == sorted(NAMES)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
@@ -39,7 +39,7 @@ def test_every_trial_can_be_made_on_av_digits(path: Path) -> None:
         method(experiment.method, setting, SingleComm()).head({"audio": 8, "visual": 8})
         digests.add(experiment.digest)
     assert len(digests) == len(found), "two trials are the same run"
-    parse_spec(asked.sweep.report, [trial.label for trial in found])
+    parse_spec(asked.sweep.report, [trial.label for trial in found] if asked.sweep.search.name == "grid" else None)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

@@ -180,7 +180,10 @@ def paper_table(groups: Groups, spec: AnySpec) -> PaperTable:
         f"{_what(rows)}: Multi is all modalities together, a name one of them alone as the method predicts from it."
         if spec.modalities
         else f"{_what(rows)} of all modalities together.",
-        *(["Best of each column in bold, the second underlined."] if len(labels) > 1 else []),
+        *(
+            ["Best of each column in bold" + (", the second underlined." if len(labels) > 2 else ".")]
+            * (len(labels) > 1)
+        ),
         *table.notes,
         *significance_notes(families, None),
         *([f"In brackets as printed: {'; '.join(f'{m} {s}' for s, m in marks.items())}."] if marks else []),
