@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,16 @@ def test_what_decides_needs_a_valid_split(tmp_path: Path, place: Path, command: 
     assert code == 2 and "scheduler asha decides on the valid split" in err and "has none" in err
     code, _, err = command({"search": {"name": "optuna", "trials": 2, "space": LR}})
     assert code == 2 and "search optuna decides on the valid split" in err
+
+
+def test_nothing_decides_on_test_under_a_protocol_that_selects_there(command: Any, monkeypatch: Any) -> None:
+    from counterpoise import sweep as module
+
+    seen = module.preview
+    monkeypatch.setattr(module, "preview", lambda *given: replace(seen(*given), selects_on="test"))
+    code, _, err = command({"scheduler": "median", "vary": {"optim.lr": [0.1, 0.2]}})
+    assert code == 2 and "scheduler median would decide on test" in err
+    assert command({"vary": {"optim.lr": [0.1, 0.2]}}, "--dry-run")[0] == 0, "a grid decides nothing"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")

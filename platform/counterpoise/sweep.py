@@ -94,7 +94,7 @@ class Prepared:
             raise ConfigError(
                 f"{decides} decides on the valid split, and corpus {corpus} has none; carve one from train on its card"
             )
-        if getattr(seen, "selects_on", "valid") == "test":
+        if seen.selects_on == "test":
             raise ConfigError(
                 f"{decides} would decide on test, as protocol {seen.experiment.protocol} selects epochs; take a "
                 "protocol that selects on valid"
