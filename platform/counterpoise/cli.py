@@ -281,7 +281,7 @@ def compare(
 @app.command()
 def sweep(
     file: Annotated[
-        str | None, typer.Argument(metavar="[SWEEP.yaml]", help="Sweep file. Left out with --resume: the sweep's own.")
+        str | None, typer.Argument(metavar="SWEEP.yaml", help="Sweep file. Left out with --resume: the sweep's own.")
     ] = None,
     corpus: Annotated[
         str | None,

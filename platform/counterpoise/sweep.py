@@ -807,7 +807,7 @@ def run_sweep(
             check_extends(before, asked)
         asked = asked or before
     elif asked is None:
-        raise ConfigError("name a sweep file, e.g. counterpoise sweep trainables/experiments/sweeps/lr.yaml")
+        raise ConfigError("name a sweep file, e.g. counterpoise sweep trainables/experiments/sweeps/av_digits_lr.yaml")
     elif name is not None and storage.list_names(join(runs, name)):
         raise _in_use(runs, name)
     sweep = asked.sweep

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -321,7 +322,7 @@ def ask(path: str, corpus: str | None, sets: Sequence[str], workers: int | None,
         sweep = sweep.model_copy(update={"seeds": list(seeds)})
     if sweep.experiment is None and corpus is None:
         raise ConfigError(f"{path}: name the experiment that is varied, e.g. experiment: ../av_digits.yaml")
-    base = Path(path).parent / (sweep.experiment or f"../{corpus}.yaml")
+    base = Path(os.path.normpath(Path(path).parent / (sweep.experiment or f"../{corpus}.yaml")))
     if corpus is None:
         content, source = read_yaml(base), str(base)
     else:
