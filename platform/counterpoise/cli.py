@@ -922,6 +922,20 @@ def _folder_for(out: str | None) -> contextlib.AbstractContextManager[str]:
     return contextlib.nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="counterpoise-bench-")
 
 
+@bench.command("metrics")
+def bench_metrics(
+    seconds: Annotated[float, typer.Option(min=0.5, help="Training between two changes.")] = 3.0,
+    rounds: Annotated[int, typer.Option(min=3)] = 10,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Step time with and without live metrics in turns, size of a scrape, and age of what it says."""
+    from counterpoise.bench.metrics import measure, render
+
+    result = measure(seconds, rounds, threads)
+    print(json.dumps(result, indent=2) if as_json else render(result))
+
+
 def _choice(flag: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ConfigError(f"{flag} is {value!r}{did_you_mean(value, allowed)}; choose {', '.join(allowed)}")

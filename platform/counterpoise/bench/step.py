@@ -22,7 +22,7 @@ from counterpoise.start import Settings
 CLASSES = 6
 
 
-class _OneBatch:
+class OneBatch:
     """A DataSource of one random batch: a strong and a weak modality, as CREMA-D has them."""
 
     modalities: tuple[str, ...] = ("audio", "visual")
@@ -81,9 +81,9 @@ def step_ratio(
     settings = Settings(device=device, threads=threads)
     place = torch.device(settings.resolved_device)
     torch.set_num_threads(settings.resolved_threads)
-    data = _OneBatch(batch_size, size)
+    data = OneBatch(batch_size, size)
     with tempfile.TemporaryDirectory() as root:
-        steps = {n: _aug_step(data, encoder, n, place, root) for n in classifiers}
+        steps = {n: aug_step(data, encoder, n, place, root) for n in classifiers}
         trainer = steps[classifiers[0]][1]
         batch = {name: tensor.to(place) for name, tensor in data.batch.items()}
         floor = _encoder_floor(trainer, batch)
@@ -122,8 +122,8 @@ def step_ratio(
     return result
 
 
-def _aug_step(
-    data: _OneBatch, encoder: str, count: int, device: torch.device, root: str
+def aug_step(
+    data: OneBatch, encoder: str, count: int, device: torch.device, root: str
 ) -> tuple[Callable[[], None], Trainer]:
     experiment = Experiment(
         corpus="bench",
