@@ -19,10 +19,17 @@ from rich.text import Text
 
 from counterpoise import storage
 from counterpoise.contracts import Record
-from counterpoise.telemetry.display import FUSED, LOCAL_POLL_S, REMOTE_POLL_S, Tail, decision_line, end_line
-from counterpoise.telemetry.display import _accuracy as accuracy_of
-from counterpoise.telemetry.display import _interactive as is_interactive
-from counterpoise.telemetry.display import _number as number
+from counterpoise.telemetry.display import (
+    FUSED,
+    LOCAL_POLL_S,
+    REMOTE_POLL_S,
+    Tail,
+    accuracy_of,
+    decision_line,
+    end_line,
+    is_interactive,
+    number,
+)
 from counterpoise.wording import duration
 
 PLAIN_INTERVAL_S = 30.0  # between two lines that say how far it is

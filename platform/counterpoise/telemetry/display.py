@@ -79,7 +79,7 @@ def _epoch_cells(
     left_s: float | None,
 ) -> list[tuple[str, str, int]]:
     """Name, text and width of every column."""
-    accuracy = _accuracy(record)
+    accuracy = accuracy_of(record)
     names = [name for name in (modalities or accuracy) if name != FUSED]
     digits = len(str(epochs or 0))
     count = f"{record.get('epoch', '?')!s:>{digits}}" + (f"/{epochs}" if epochs else "")
@@ -87,12 +87,12 @@ def _epoch_cells(
     if len(set(stages)) > 1:
         cells.append(("stage", str(record.get("stage", "?")).ljust(max(map(len, stages)))))
     cells += [
-        ("loss", _number(_part(record, "train").get("loss"))),
-        (FUSED, _number(accuracy.get(FUSED))),
+        ("loss", number(_part(record, "train").get("loss"))),
+        (FUSED, number(accuracy.get(FUSED))),
     ]
     if len(names) > 1:
-        cells += [(name, _number(accuracy.get(name))) for name in names]
-        cells.append(("gap", _number(record.get("gap"))))
+        cells += [(name, number(accuracy.get(name))) for name in names]
+        cells.append(("gap", number(record.get("gap"))))
     if classifiers := _mapping(record.get("classifiers")):
         cells.append(("classifiers", "+".join(str(classifiers.get(name, "?")) for name in names)))
     if left_s is not None:
@@ -112,7 +112,7 @@ def decision_line(record: Record) -> str:
     else:
         what = str(record.get("action") or "decision").replace("_", " ")
         if weights := _mapping(inputs.get("weights")):
-            what += ": " + ", ".join(f"{name} {_number(value)}" for name, value in weights.items())
+            what += ": " + ", ".join(f"{name} {number(value)}" for name, value in weights.items())
     return f"epoch {record.get('epoch', '?')}  {what}" + _because(inputs, added)
 
 
@@ -126,7 +126,7 @@ def _because(inputs: Mapping[str, Any], added: Sequence[str]) -> str:
         label = "ratio" if len(added) == 1 else f"ratio of {name}"
         # Two modalities are judged on the ratio of the first, so the second's may lie a hair above the threshold.
         relation = f" < {low:.3f}" if isinstance(low, int | float) and ratios[name] < low else ""
-        parts.append(f"{label} {_number(ratios[name])}{relation}")
+        parts.append(f"{label} {number(ratios[name])}{relation}")
     return f": {', '.join(parts)}" if parts else ""
 
 
@@ -154,9 +154,9 @@ def end_line(name: str, state: str, summary: Mapping[str, Any] | None = None) ->
         parts[0] += f" in {duration(summary['wall_s'])}"
     if accuracy:
         names = [FUSED, *(n for n in accuracy if n != FUSED)] if len(accuracy) > 2 else [FUSED]
-        parts.append(f"{split} accuracy " + "  ".join(f"{n} {_number(accuracy.get(n))}" for n in names))
+        parts.append(f"{split} accuracy " + "  ".join(f"{n} {number(accuracy.get(n))}" for n in names))
         if len(accuracy) > 2:
-            parts[-1] += f"  gap {_number(result.get('gap'))}"
+            parts[-1] += f"  gap {number(result.get('gap'))}"
     if summary.get("selected_epoch") is not None:
         parts.append(f"epoch {summary['selected_epoch']} selected")
     return ", ".join(parts)
@@ -176,7 +176,8 @@ def _plural(n: Any, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
+    """Three digits, or a dash for what is no number."""
     return f"{value:.3f}" if isinstance(value, int | float) else "-"
 
 
@@ -188,7 +189,8 @@ def _part(record: Record, name: str) -> dict[str, Any]:
     return _mapping(record.get(name))
 
 
-def _accuracy(record: Record) -> dict[str, Any]:
+def accuracy_of(record: Record) -> dict[str, Any]:
+    """Accuracies of an epoch: on valid where there is such a split, else on train."""
     return _mapping((_part(record, "valid") or _part(record, "train")).get("accuracy"))
 
 
@@ -340,7 +342,7 @@ def follow(
     default that is so for runs that were interrupted, have failed, or have not stirred for long.
     """
     console = console or Console(stderr=True, highlight=False)
-    show: _Display = _Live(console) if _interactive(console, interactive) else _Plain(console)
+    show: _Display = _Live(console) if is_interactive(console, interactive) else _Plain(console)
     with show.opened():
         for i, uri in enumerate(runs):
             tail = Tail(uri)
@@ -349,7 +351,7 @@ def follow(
             _follow_one(tail, show, stop, pause, following=runs[i + 1 :])
 
 
-def _interactive(console: Console, wish: bool | None) -> bool:
+def is_interactive(console: Console, wish: bool | None) -> bool:
     if wish is not None:
         return wish
     isatty: Callable[[], bool] = getattr(console.file, "isatty", lambda: False)
@@ -549,14 +551,14 @@ class _Live(_Display):
         last, text = self.tail.last, Text(no_wrap=True, overflow="ellipsis")
         if not last and status.get("loss") is None:
             return text
-        text.append(f"loss {_number(status.get('loss'))}")
-        accuracy, classifiers = _accuracy(last), _mapping(last.get("classifiers"))
-        text.append(f"  {FUSED} {_number(accuracy.get(FUSED))}", "bold")
+        text.append(f"loss {number(status.get('loss'))}")
+        accuracy, classifiers = accuracy_of(last), _mapping(last.get("classifiers"))
+        text.append(f"  {FUSED} {number(accuracy.get(FUSED))}", "bold")
         if len(self.tail.modalities) > 1:
             for name in self.tail.modalities:
                 stack = f" x{classifiers[name]}" if name in classifiers else ""
-                text.append(f"  {name}{stack} {_number(accuracy.get(name))}", STYLES.get(name, "cyan"))
-            text.append(f"  gap {_number(last.get('gap'))}")
+                text.append(f"  {name}{stack} {number(accuracy.get(name))}", STYLES.get(name, "cyan"))
+            text.append(f"  gap {number(last.get('gap'))}")
         rate = status.get("samples_per_s")
         if isinstance(rate, int | float):
             text.append(f"  {rate:.0f} samples/s", "dim")
