@@ -68,9 +68,9 @@ async function tableOf(target: any, several: boolean, query: string): Promise<D.
 }
 
 async function seriesOf(target: any, query: string, step: number): Promise<D.DataFrame[]> {
-  const start = Math.floor(from / step) * step;
+  const start = target.instant ? to : Math.floor(from / step) * step;
   const { result } = await ask('query_range', {
-    query, start: String(start), end: String(to), step: String(step),
+    query, start: String(start), end: String(to), step: String(step), // one point if instant
   });
   return result.map((s: any) => {
     const known = new Map<number, number>(s.values.map(([t, v]: any) => [Math.round(t), Number(v)]));
@@ -113,35 +113,29 @@ function dressed(frames: D.DataFrame[], panel: any): D.DataFrame[] {
     axisBorderShow: false, scaleDistribution: { type: 'linear' }, spanNulls: false,
   };
   const { defaults = {}, overrides = [] } = panel.fieldConfig ?? {};
-  const result = D.applyFieldOverrides({
-    data: frames,
-    fieldConfig: {
-      defaults: { color: { mode: lines ? 'palette-classic' : 'thresholds' }, ...defaults },
-      overrides: overrides.map((o: any) => ({ ...o, properties: o.properties.filter((p: any) => known(p.id)) })),
-    } as any,
-    replaceVariables: (text: string) => text,
-    theme,
-    timeZone: 'utc',
-    fieldConfigRegistry: D.standardFieldConfigEditorRegistry as any,
-  });
+  // A dashboard's JSON has null where Grafana works with -Infinity.
+  const steps = (found: any) =>
+    found && { ...found, steps: found.steps.map((s: any) => ({ ...s, value: s.value ?? -Infinity })) };
   let number = 0;
-  for (const frame of result) for (const field of frame.fields) {
-    const mine = overrides.filter((o: any) => o.matcher.options === D.getFieldDisplayName(field, frame, result));
-    const own = mine.flatMap((o: any) => o.properties);
-    field.config = { ...field.config, custom: { ...(lines ? base : {}), ...defaults.custom } };
-    for (const { id, value } of own) {
-      if (id.startsWith('custom.')) (field.config.custom as any)[id.slice(7)] = value;
-      else (field.config as any)[id] = value;
+  for (const frame of frames) for (const field of frame.fields) {
+    const name = D.getFieldDisplayName(field, frame, frames);
+    const mine = overrides.filter((o: any) => o.matcher.options === name).flatMap((o: any) => o.properties);
+    const config: any = {
+      color: { mode: lines ? 'palette-classic' : 'thresholds' }, ...(field.type === D.FieldType.number ? defaults : {}),
+      ...field.config, custom: { ...(lines ? base : {}), ...defaults.custom },
+    };
+    for (const { id, value } of mine) {
+      if (id.startsWith('custom.')) config.custom[id.slice(7)] = value;
+      else config[id] = value;
     }
+    field.config = { ...config, thresholds: steps(config.thresholds) };
     if (field.type === D.FieldType.number) field.state = { ...field.state, seriesIndex: number++ };
     field.display = D.getDisplayProcessor({ field, theme, timeZone: 'utc' });
     field.getLinks = () => [];
-    field.state = { ...field.state, displayName: D.getFieldDisplayName(field, frame, result) };
+    field.state = { ...field.state, displayName: D.getFieldDisplayName(field, frame, frames) };
   }
-  return result;
+  return frames;
 }
-
-const known = (id: string) => D.standardFieldConfigEditorRegistry.getIfExists(id) !== undefined;
 
 function newest(field: D.Field) {
   for (let i = field.values.length - 1; i >= 0; i--) if (field.values[i] !== null) return field.values[i];
@@ -196,7 +190,7 @@ function Inside({ panel, frames, marks, width, height }: any) {
       <div style={{ display: 'flex' }}>
         {fields.map((field, i) => (
           <BigValue
-            key={i} theme={theme} width={width / fields.length} height={height} textMode={shown}
+            key={i} theme={theme} width={width / fields.length} height={height} textMode={shown} text={panel.options.text}
             value={{ ...field.display!(newest(field)), title: field.state!.displayName! }}
             colorMode={panel.options.colorMode as BigValueColorMode} graphMode={BigValueGraphMode.None}
           />
@@ -218,6 +212,7 @@ function Inside({ panel, frames, marks, width, height }: any) {
               key={i} theme={theme} width={width} height={each - 4} value={value} field={config}
               display={field.display} orientation={D.VizOrientation.Horizontal}
               displayMode={BarGaugeDisplayMode.Basic} valueDisplayMode={BarGaugeValueMode.Color}
+              namePlacement={panel.options.namePlacement} text={panel.options.text}
             />
           );
         })}
@@ -336,7 +331,7 @@ function Page({ dashboard, values, all, multi, marks }: any) {
     <div style={style} data-ready>
       <div style={{ padding: '10px 12px', display: 'flex', gap: 24, alignItems: 'baseline' }}>
         <span style={{ fontSize: 18, fontWeight: 500 }}>{dashboard.title}</span>
-        <span style={{ color: theme.colors.text.secondary }}>{said.join('   ')}</span>
+        <span style={{ color: theme.colors.text.secondary }}>{said.join(' · ')}</span>
         <span style={{ color: theme.colors.text.disabled, marginLeft: 'auto' }}>
           drawn with Grafana UI components, not by Grafana
         </span>

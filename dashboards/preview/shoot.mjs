@@ -7,7 +7,9 @@ import { extname, join, normalize } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import puppeteer from 'puppeteer-core';
 
-const asked = JSON.parse(readFileSync(0, 'utf8'));
+const given = [];
+for await (const part of process.stdin) given.push(part);
+const asked = JSON.parse(Buffer.concat(given).toString('utf8'));
 const built = join(fileURLToPath(new URL('.', import.meta.url)), 'built');
 const kinds = { '.html': 'text/html', '.js': 'text/javascript', '.css': 'text/css' };
 let dashboard = '{}';
@@ -21,8 +23,8 @@ const server = createServer((request, response) => {
   try {
     const file = join(built, normalize(path));
     if (!file.startsWith(built)) throw new Error('outside');
-    response.writeHead(200, { 'content-type': kinds[extname(file)] ?? 'application/octet-stream' });
-    response.end(readFileSync(file));
+    const content = readFileSync(file);
+    response.writeHead(200, { 'content-type': kinds[extname(file)] ?? 'application/octet-stream' }).end(content);
   } catch {
     response.writeHead(404).end();
   }

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from grafana_foundation_sdk.builders import dashboard
-from grafana_foundation_sdk.models import common as common_models
-from grafana_foundation_sdk.models import dashboard as models
-
 from counterpoise.dashboards.panels import (
+    BLUE,
     DATASOURCE,
     GREEN,
     RED,
@@ -26,6 +23,7 @@ from counterpoise.dashboards.panels import (
     rows,
     split_variable,
 )
+from counterpoise.dashboards.sdk import common_models, dashboard, models
 
 # Where colours change, and where prometheus/rules.yml alerts.
 GAP_NOTICE, GAP_WIDE = 0.10, 0.20
@@ -52,6 +50,12 @@ def max_by(expr: str, *labels: str) -> str:
 def ended_too(expr: str) -> str:
     """The last value within the time that is shown: what has ended is no longer scraped."""
     return f"last_over_time({expr}[$__range])"
+
+
+def _running() -> str:
+    """What follows `and` to keep only runs that train now."""
+    states = of("run_state", 'state="running"')
+    return f"on ({KEYS}) ({max_by(states)} == 1)"
 
 
 def _link(board: str, variables: str) -> str:
@@ -334,7 +338,8 @@ def imbalance() -> dashboard.Dashboard:
                             "though it keeps getting classifiers. Only methods that compare scores have it.",
                             query(max_by(of("score_ratio", selector=MODALITIES), "modality"), "{{run}} {{modality}}"),
                             query(f"max by (bound) ({of('score_ratio_threshold')})", "threshold {{bound}}"),
-                            low=0,
+                            log=True,
+                            none="no method here compares scores",
                         ),
                         12,
                     ),
@@ -363,6 +368,7 @@ def imbalance() -> dashboard.Dashboard:
                                 "{{run}} {{modality}}",
                             ),
                             decimals=0,
+                            none="no classifier was added",
                         ),
                         8,
                     ),
@@ -377,6 +383,7 @@ def imbalance() -> dashboard.Dashboard:
                             ),
                             unit="s",
                             decimals=0,
+                            none="no classifier was added",
                         ),
                         8,
                     ),
@@ -393,6 +400,7 @@ def imbalance() -> dashboard.Dashboard:
                                 max_by(of("branch_weight", selector=MODALITIES), "modality"),
                                 "{{run}} weight of {{modality}}",
                             ),
+                            none="no method here has any",
                         ),
                         8,
                     ),
@@ -421,7 +429,7 @@ def _runs_table() -> object:
         query(max_by(ended_too(of("progress_ratio")))),
         query(max_by(ended_too(of("fused_accuracy", SPLIT)))),
         query(max_by(ended_too(of("accuracy_gap", SPLIT)))),
-        sort="Run",
+        sort="State",
     )
 
 
@@ -451,30 +459,40 @@ def sweep() -> dashboard.Dashboard:
                                 f"count(max by (run) (last_over_time({of('run_state', selector=f'{RUNS},{states}')}"
                                 "[$__range])) == 1) or vector(0)"
                             ),
-                            first=colour,
+                            first=first,
+                            steps=steps,
                         ),
                         6,
                     )
-                    for title, states, colour, description in (
+                    for title, states, first, steps, description in (
                         (
                             "Running",
                             'state="running"',
-                            "blue",
+                            BLUE,
+                            (),
                             "Trials that train now. Bad: fewer than there is room for.",
                         ),
                         (
                             "Finished",
                             'state="finished"',
                             GREEN,
+                            (),
                             "Trials that came to their end in the time shown. Bad: it does not grow.",
                         ),
                         (
                             "Stopped early",
                             'state=~"stopped|interrupted"',
-                            YELLOW,
+                            GREEN,
+                            ((1, YELLOW),),
                             "Trials that a scheduler stopped, or somebody interrupted. Bad only if nobody meant to.",
                         ),
-                        ("Failed", 'state="failed"', RED, "Trials that failed. Bad: any; the run folder says why."),
+                        (
+                            "Failed",
+                            'state="failed"',
+                            GREEN,
+                            ((1, RED),),
+                            "Trials that failed. Bad: any; the run folder says why.",
+                        ),
                     )
                 ],
             ),
@@ -597,8 +615,10 @@ def sweep() -> dashboard.Dashboard:
                     (
                         bars(
                             "Progress",
-                            "Share of a run's batches that is done. Bad: one that stands still while others get on.",
-                            query(max_by(ended_too(of("progress_ratio"))), "{{run}}"),
+                            "Share of its batches that a run has done, of running ones. Bad: one that stands still "
+                            "while others get on.",
+                            query(f"{max_by(of('progress_ratio'))} and {_running()}", "{{run}}", instant=True),
+                            none="nothing runs",
                             unit="percentunit",
                             high=1,
                             decimals=0,
@@ -608,9 +628,14 @@ def sweep() -> dashboard.Dashboard:
                     (
                         bars(
                             "Classifiers added by run",
-                            "How often ACA acted, by modality. Bad: seeds of one method that differ much.",
-                            query(max_by(ended_too(of("classifiers_added_total")), "modality"), "{{run}} {{modality}}"),
+                            "How often ACA acted, the 20 highest. Bad: seeds of one method that differ much.",
+                            query(
+                                f"topk(20, {max_by(ended_too(of('classifiers_added_total')), 'modality')}) > 0",
+                                "{{run}} {{modality}}",
+                                instant=True,
+                            ),
                             decimals=0,
+                            none="no classifier was added",
                         ),
                         12,
                     ),
@@ -628,12 +653,11 @@ def training() -> dashboard.Dashboard:
         "Whether runs get on, how fast, what they wait for, and how their machines are.",
         span="30m",
     )
-    board = _decisions(_choose_modality(_choose_runs(board)))
+    board = _decisions(_choose_modality(_choose_runs(board)).with_variable(split_variable()))
     step = f"sum by ({KEYS}) (rate({of('step_seconds_total')}[$__rate_interval]))"
     steps = f"sum by ({KEYS}) (rate({of('steps_total')}[$__rate_interval]))"
     checkpoint = max_by(of("checkpoint_timestamp_seconds"))
-    states = of("run_state", 'state="running"')
-    running = f"on ({KEYS}) ({max_by(states)} == 1)"
+    running = _running()
     health = Row(
         "Health",
         [
@@ -666,7 +690,8 @@ def training() -> dashboard.Dashboard:
                             "Scrape targets",
                             "1: Prometheus reaches it, 0: not. Bad: 0 for a run that should train. Targets of runs "
                             "that ended disappear.",
-                            query('up{job=~"counterpoise|ray|node|gpu"}', "{{job}} {{instance}}"),
+                            query('up{job=~"counterpoise|ray|node|gpu"}', "{{job}} {{instance}}", instant=True),
+                            none="nothing is scraped",
                             first=RED,
                             steps=((1, GREEN),),
                             name=True,
@@ -677,7 +702,11 @@ def training() -> dashboard.Dashboard:
                         number(
                             "Since the last step",
                             "Of running runs. Red from 5 minutes: stalled, or a very long evaluation.",
-                            query(f"time() - {max_by(of('last_step_timestamp_seconds'))} and {running}", "{{run}}"),
+                            query(
+                                f"time() - {max_by(of('last_step_timestamp_seconds'))} and {running}",
+                                "{{run}}",
+                                instant=True,
+                            ),
                             unit="s",
                             steps=((60, YELLOW), (STALLED_S, RED)),
                             none="nothing runs",
@@ -690,10 +719,10 @@ def training() -> dashboard.Dashboard:
                             "Age of the last checkpoint",
                             "What a crash now would cost, of running runs. Red from 30 minutes; by default one is "
                             "written every minute.",
-                            query(f"time() - {checkpoint} and {running}", "{{run}}"),
+                            query(f"time() - {checkpoint} and {running}", "{{run}}", instant=True),
                             unit="s",
                             steps=((300, YELLOW), (CHECKPOINT_OLD_S, RED)),
-                            none="nothing runs",
+                            none="none yet",
                             decimals=0,
                         ),
                         4,
@@ -751,7 +780,7 @@ def training() -> dashboard.Dashboard:
                             "Time per step",
                             "Waiting for data included. It grows with every classifier that ACA adds. Bad: a jump "
                             "without a decision.",
-                            query(f"{step} / {steps}", "{{run}}"),
+                            query(f"{step} / ({steps} > 0)", "{{run}}"),
                             unit="s",
                             low=0,
                         ),
@@ -778,8 +807,9 @@ def training() -> dashboard.Dashboard:
                     (
                         bars(
                             "Progress",
-                            "Share of all batches that is done. Bad: one that stands still.",
-                            query(max_by(of("progress_ratio")), "{{run}}"),
+                            "Share of its batches that a run has done, of running ones. Bad: one that stands still.",
+                            query(f"{max_by(of('progress_ratio'))} and {running}", "{{run}}", instant=True),
+                            none="nothing runs",
                             unit="percentunit",
                             high=1,
                             decimals=0,
@@ -854,7 +884,7 @@ def training() -> dashboard.Dashboard:
                             query(max_by(of("learning_rate")), "{{run}}"),
                             unit="sci",
                             low=0,
-                        ),
+                        ).decimals(2),
                         8,
                     ),
                     (
@@ -864,19 +894,19 @@ def training() -> dashboard.Dashboard:
                             "started. Bad: checkpoint_fallback, then a checkpoint was damaged.",
                             query(f"sum by (run, event) ({of('events_total')}) > 0", "{{run}} {{event}}"),
                             decimals=0,
+                            none="nothing happened",
                         ),
                         8,
                     ),
                     (
-                        bars(
-                            "Emitter: left out",
+                        number(
+                            "Not shown here",
                             "Label values beyond the limits of the catalogue, and records that could not be read. "
                             "Good: 0; the runs' files have all of it.",
-                            query("sum by (label) (counterpoise_exporter_left_out_total)", "values of {{label}}"),
+                            query("sum(counterpoise_exporter_left_out_total)", "label values"),
                             query("sum(counterpoise_exporter_unusable_records_total)", "records"),
-                            decimals=0,
-                            first=GREEN,
                             steps=((1, RED),),
+                            name=True,
                         ),
                         8,
                     ),
@@ -890,6 +920,7 @@ def training() -> dashboard.Dashboard:
 def _machine() -> Row:
     busy = '1 - avg by (instance) (rate(node_cpu_seconds_total{mode="idle"}[$__rate_interval]))'
     received = 'sum by (instance) (rate(node_network_receive_bytes_total{device!="lo"}[$__rate_interval]))'
+    none = "no node-exporter is scraped"
     return Row(
         "Machine (node-exporter)",
         [
@@ -902,6 +933,7 @@ def _machine() -> Row:
                             "Share of all cores. Bad: near 1 while data is waited for: decoding needs more cores.",
                             query(busy, "{{instance}}"),
                             unit="percentunit",
+                            none=none,
                             low=0,
                             high=1,
                         ),
@@ -916,6 +948,7 @@ def _machine() -> Row:
                                 "{{instance}}",
                             ),
                             unit="percentunit",
+                            none=none,
                             low=0,
                             high=1,
                             marks=((0.9, RED),),
@@ -932,6 +965,7 @@ def _machine() -> Row:
                                 "{{instance}} {{mountpoint}}",
                             ),
                             unit="percentunit",
+                            none=none,
                             low=0,
                             high=1,
                             marks=((0.9, RED),),
@@ -945,6 +979,7 @@ def _machine() -> Row:
                             "line's limit while data is waited for.",
                             query(received, "{{instance}}"),
                             unit="Bps",
+                            none=none,
                             low=0,
                         ),
                         6,
@@ -958,6 +993,7 @@ def _machine() -> Row:
 
 def _gpus() -> Row:
     gram = "sum by (instance, GpuIndex) (ray_node_gram_used)"
+    none = "no GPU is scraped"
     return Row(
         "GPUs (DCGM exporter, Ray)",
         [
@@ -975,6 +1011,7 @@ def _gpus() -> Row:
                                 "{{instance}} {{GpuIndex}} (Ray)",
                             ),
                             unit="percentunit",
+                            none=none,
                             low=0,
                             high=1,
                         ),
@@ -994,6 +1031,7 @@ def _gpus() -> Row:
                                 "{{instance}} {{GpuIndex}} (Ray)",
                             ),
                             unit="percentunit",
+                            none=none,
                             low=0,
                             high=1,
                         ),
@@ -1005,6 +1043,7 @@ def _gpus() -> Row:
                             "In degrees Celsius. Bad: at the limit of the model, clocks will fall.",
                             query("max by (Hostname, gpu) (DCGM_FI_DEV_GPU_TEMP)", "{{Hostname}} {{gpu}}"),
                             unit="celsius",
+                            none=none,
                         ),
                         8,
                     ),
@@ -1018,6 +1057,7 @@ def _gpus() -> Row:
 def _ray() -> Row:
     memory = "sum by (instance, SessionName) (ray_node_mem_used_host)"
     blocked = "sum by (dataset) (rate(ray_data_iter_total_blocked_seconds[$__rate_interval]))"
+    none = "no Ray cluster is scraped"
     return Row(
         "Ray",
         [
@@ -1033,6 +1073,7 @@ def _ray() -> Row:
                                 "{{instance}} {{SessionName}}",
                             ),
                             unit="percentunit",
+                            none=none,
                             low=0,
                             high=1,
                         ),
@@ -1047,6 +1088,7 @@ def _ray() -> Row:
                                 "{{instance}} {{SessionName}}",
                             ),
                             unit="percentunit",
+                            none=none,
                             low=0,
                             high=1,
                             marks=((0.95, RED),),
@@ -1059,6 +1101,7 @@ def _ray() -> Row:
                             "Bytes of Ray's object store by place. Bad: SPILLED grows, then data goes over the disk.",
                             query("sum by (Location) (ray_object_store_memory)", "{{Location}}"),
                             unit="bytes",
+                            none=none,
                             low=0,
                         ),
                         6,
@@ -1069,6 +1112,7 @@ def _ray() -> Row:
                             "Seconds per second in which training waits for Ray Data, by dataset. Bad: near 1.",
                             query(blocked, "{{dataset}}"),
                             unit="percentunit",
+                            none=none,
                             low=0,
                         ),
                         6,

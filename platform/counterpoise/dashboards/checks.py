@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def check(folder: str | None = None) -> list[str]:
 def dashboard_faults(dashboard: Mapping[str, Any]) -> list[str]:
     title = dashboard.get("title", "?")
     found = [f"{title}: {fault}" for fault in (*_schema(dashboard), *_layout(dashboard), *_words(dashboard))]
-    values = {name: "x" for name in OWN} | usual_values()
+    values = {variable["name"]: "x" for variable in dashboard["templating"]["list"]} | usual_values()
     for use in uses(dashboard):
         found += [f"{use.where}: {fault}" for fault in faults(fill(use.expr, values))]
     return found
@@ -55,15 +55,13 @@ def dashboard_faults(dashboard: Mapping[str, Any]) -> list[str]:
 
 def _schema(dashboard: Mapping[str, Any]) -> Iterator[str]:
     try:
-        from grafana_foundation_sdk.cog.encoder import JSONEncoder
-        from grafana_foundation_sdk.cog.plugins import register_default_plugins
-        from grafana_foundation_sdk.models.dashboard import Dashboard
+        from counterpoise.dashboards.sdk import JSONEncoder, models, register_default_plugins
     except ImportError:
         raise ResourceError("checking dashboards needs the extra `monitor`; uv sync --extra monitor") from None
     register_default_plugins()
     given = copy.deepcopy(dict(dashboard))
     try:
-        read = Dashboard.from_json(copy.deepcopy(given))
+        read = models.Dashboard.from_json(copy.deepcopy(given))
         back = json.loads(JSONEncoder().encode(read))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         yield f"not a dashboard: {type(error).__name__}: {error}"
@@ -136,6 +134,12 @@ def _layout(dashboard: Mapping[str, Any]) -> Iterator[str]:
     numbers = [panel["id"] for panel in panels]
     if len(set(numbers)) != len(numbers):
         yield "two panels have the same id"
+    for together in (dashboard["panels"], *(panel["panels"] for panel in panels if panel.get("panels"))):
+        yield from _places(together)
+
+
+def _places(panels: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Of panels that are seen together; those of a closed row are seen without what is below it."""
     taken: dict[tuple[int, int], str] = {}
     for panel in panels:
         x, y, w, h = (panel["gridPos"][key] for key in "xywh")
@@ -149,7 +153,7 @@ def _layout(dashboard: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _words(dashboard: Mapping[str, Any]) -> Iterator[str]:
-    from grafana_foundation_sdk.models import units
+    from counterpoise.dashboards.sdk import units
 
     known = {value for key, value in vars(units).items() if key[0].isupper() and isinstance(value, str)}
     variables = {variable["name"] for variable in dashboard["templating"]["list"]}

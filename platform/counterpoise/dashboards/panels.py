@@ -7,11 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grafana_foundation_sdk.builders import bargauge, common, dashboard, prometheus, stat, table, timeseries
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models import common as common_models
-from grafana_foundation_sdk.models import dashboard as models
-from grafana_foundation_sdk.models import prometheus as prometheus_models
+from counterpoise.dashboards.sdk import (
+    JSONEncoder,
+    bargauge,
+    common,
+    common_models,
+    dashboard,
+    models,
+    prometheus,
+    prometheus_models,
+    stat,
+    table,
+    timeseries,
+)
 
 COLUMNS = 24
 DATASOURCE = common_models.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -37,11 +45,15 @@ def thresholds(first: str, steps: Steps) -> dashboard.ThresholdsConfig:
     return dashboard.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(found)
 
 
-def _dress(panel: Panel, title: str, description: str, queries: Sequence[prometheus.Dataquery], unit: str) -> Panel:
-    """unit: as Grafana names it, or "" where it differs by column."""
+def _dress(
+    panel: Panel, title: str, description: str, queries: Sequence[prometheus.Dataquery], unit: str, none: str
+) -> Panel:
+    """unit: as Grafana names it, or "" where it differs by column. none: shown where there is no series."""
     panel = panel.title(title).description(description).datasource(DATASOURCE)
     for number, one in enumerate(queries):
         panel = panel.with_target(one.ref_id(chr(ord("A") + number)))
+    if none:
+        panel = panel.no_value(none)
     return panel.unit(unit) if unit else panel
 
 
@@ -55,13 +67,13 @@ def line(
     marks: Steps = (),
     log: bool = False,
     steps: bool = False,
-    fill: int = 0,
-    stack: bool = False,
     first: str = GREEN,
+    none: str = "",
 ) -> Panel:
-    """Series over time. low, high: ends of the axis. marks: dashed lines, (value, colour)."""
-    panel = _dress(timeseries.Panel(), title, description, queries, unit)
-    panel = panel.line_width(2).fill_opacity(fill).show_points(common_models.VisibilityMode.AUTO)
+    """Series over time. low, high: ends of the axis. marks: dashed lines, (value, colour). log: an axis on which a
+    half is as far from 1 as a double."""
+    panel = _dress(timeseries.Panel(), title, description, queries, unit, none)
+    panel = panel.line_width(2).fill_opacity(0).show_points(common_models.VisibilityMode.AUTO)
     panel = panel.legend(
         common.VizLegendOptions()
         .display_mode(common_models.LegendDisplayMode.LIST)
@@ -81,12 +93,10 @@ def line(
         panel = panel.thresholds(thresholds(first, marks)).thresholds_style(style)
     if log:
         panel = panel.scale_distribution(
-            common.ScaleDistributionConfig().type(common_models.ScaleDistribution.LOG).log(10)
+            common.ScaleDistributionConfig().type(common_models.ScaleDistribution.LOG).log(2)
         )
     if steps:
         panel = panel.line_interpolation(common_models.LineInterpolation.STEP_AFTER)
-    if stack:
-        panel = panel.stacking(common.StackingConfig().mode(common_models.StackingMode.NORMAL).group("A"))
     return panel
 
 
@@ -101,10 +111,11 @@ def number(
     none: str = "-",
     name: bool = False,
 ) -> Panel:
-    """The newest value of each series, in the colour of its threshold. none: shown where there is no series."""
-    panel = _dress(stat.Panel(), title, description, queries, unit).thresholds(thresholds(first, steps))
+    """The newest value of each series, in the colour of its threshold."""
+    panel = _dress(stat.Panel(), title, description, queries, unit, none).thresholds(thresholds(first, steps))
     panel = panel.color_mode(common_models.BigValueColorMode.VALUE).graph_mode(common_models.BigValueGraphMode.NONE)
-    panel = panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False)).no_value(none)
+    panel = panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False))
+    panel = panel.text(common.VizTextDisplayOptions().title_size(14).value_size(32))
     mode = common_models.BigValueTextMode.VALUE_AND_NAME if name else common_models.BigValueTextMode.VALUE
     panel = panel.text_mode(mode)
     return panel if decimals is None else panel.decimals(decimals)
@@ -120,11 +131,14 @@ def bars(
     first: str = BLUE,
     steps: Steps = (),
     decimals: int | None = None,
+    none: str = "",
 ) -> Panel:
     """The newest value of each series as a bar."""
-    panel = _dress(bargauge.Panel(), title, description, queries, unit).thresholds(thresholds(first, steps))
+    panel = _dress(bargauge.Panel(), title, description, queries, unit, none).thresholds(thresholds(first, steps))
     panel = panel.orientation(common_models.VizOrientation.HORIZONTAL)
     panel = panel.display_mode(common_models.BarGaugeDisplayMode.BASIC)
+    panel = panel.name_placement(common_models.BarGaugeNamePlacement.TOP)
+    panel = panel.text(common.VizTextDisplayOptions().title_size(12).value_size(14))
     panel = panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False))
     if decimals is not None:
         panel = panel.decimals(decimals)
@@ -162,7 +176,7 @@ def rows(
     and "Value" where there is one query.
     """
     instant = [one.instant().format(prometheus_models.PromQueryFormat.TABLE) for one in queries]
-    panel = _dress(table.Panel(), title, description, instant, "").show_header(True)
+    panel = _dress(table.Panel(), title, description, instant, "", none).show_header(True)
     shown = [column.field for column in columns]
     panel = panel.with_transformation(models.DataTransformerConfig(id_val="merge", options={}))
     panel = panel.with_transformation(
@@ -182,7 +196,7 @@ def rows(
             panel = panel.override_by_name(column.heading, properties)
     if sort:
         panel = panel.sort_by([common.TableSortByFieldState().display_name(sort).desc(True)])
-    return panel.no_value(none) if none else panel
+    return panel
 
 
 def _properties(column: Column) -> list[models.DynamicConfigValue]:
@@ -264,7 +278,8 @@ def place(board: dashboard.Dashboard, parts: Sequence[Row]) -> dashboard.Dashboa
     for part in parts:
         number += 1
         row = dashboard.Row(part.title).id(number).collapsed(part.closed)
-        row = row.grid_pos(models.GridPos(x=0, y=y, w=COLUMNS, h=1))
+        row_y = y
+        row = row.grid_pos(models.GridPos(x=0, y=row_y, w=COLUMNS, h=1))
         y += 1
         inside = []
         for height, line in part.lines:
@@ -276,6 +291,7 @@ def place(board: dashboard.Dashboard, parts: Sequence[Row]) -> dashboard.Dashboa
                 x += width
             y += height
         if part.closed:
+            y = row_y + 1  # the next row follows the heading
             for panel in inside:
                 row = row.with_panel(panel)
             board = board.with_row(row)

@@ -100,7 +100,7 @@ def preview(
     if not is_built():
         raise ResourceError(
             "the preview draws with Grafana's own components, which have to be built once: "
-            "counterpoise dashboards preview --install (needs npm and its registry, half a minute or more)"
+            "counterpoise dashboards preview --install (needs npm and its registry, and a few minutes)"
         )
     _check_answers(prometheus)
     node, browser = _needed("node"), _browser()

@@ -17,6 +17,7 @@ from pathlib import Path
 from counterpoise import storage
 from counterpoise.contracts import ConfigError, ResourceError
 from counterpoise.dashboards import files
+from counterpoise.telemetry.emitter import clean_targets
 from counterpoise.wording import duration
 
 LOOPBACK = "127.0.0.1"
@@ -173,6 +174,7 @@ def start_prometheus(places: Places, say: Callable[[str], None]) -> _Server:
         )
     port = _port(places.port, "--port")
     storage.make_folder(places.targets)
+    clean_targets(places.targets)
     data = Path(places.data)
     storage.make_folder(str(data))
     config = data / "prometheus.yml"
