@@ -13,6 +13,10 @@ def test_no_name_is_there_twice() -> None:
     assert len(BY_NAME) == len(METRICS)
 
 
+def test_every_limit_is_of_a_label_that_exists() -> None:
+    assert set(LIMITS) - {"run"} <= {label for metric in METRICS for label in metric.labels}
+
+
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 def test_a_name_says_its_kind_and_unit(metric: Metric) -> None:
     assert re.fullmatch(PREFIX + r"[a-z][a-z_]*[a-z]", metric.name)

@@ -191,6 +191,7 @@ def test_counters_are_there_before_anything_is_counted(
     run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with emitting(QUIET, str(tmp_path), "r"), following({run.uri: False}):
+        time.sleep(0.2)  # some looks, at a folder that says nothing yet
         found = Scraped(scrape(url_of(capsys)))
     for name in ("steps_total", "samples_total", "data_wait_seconds_total", "worker_restarts_total"):
         assert found.value(name) == 0
@@ -230,8 +231,9 @@ def test_a_resumed_run_goes_on(run: RunFolder, tmp_path: Path, capsys: pytest.Ca
         assert found.value("samples_total") == 50
         assert found.value("worker_restarts_total") == 0, "somebody wanted it resumed"
         run.append({"kind": "event", "event": "resumed", "epoch": 2})  # now a worker died
-        run.write_status({"step": 11, "samples": 110})
+        run.write_status({"step": 11, "samples": 110, "workers": 2})
         until(url, "worker_restarts_total", 1)
+        until(url, "workers", 2)  # that status has been read
         run.write_status({"step": 14, "samples": 140})
         assert until(url, "steps_total", 8).value("samples_total") == 80
 

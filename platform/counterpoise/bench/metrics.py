@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,15 @@ def _warn(text: str) -> None:
 def _step_cost(root: str, seconds: float, rounds: int) -> dict[str, Any]:
     train, trainer = aug_step(OneBatch(64, 32), "cnn", 3, torch.device("cpu"), root)
     assert trainer.folder is not None
-    trainer.folder.append({"kind": "start", "method": "aug", "corpus": "bench", "modalities": ["audio", "visual"]})
-    trainer.folder.append(_epoch(["audio", "visual"], 3))
+    with trainer.folder:
+        return _in_turns(root, train, trainer, trainer.folder, seconds, rounds)
+
+
+def _in_turns(
+    root: str, train: Callable[[], None], trainer: Trainer, folder: RunFolder, seconds: float, rounds: int
+) -> dict[str, Any]:
+    folder.append({"kind": "start", "method": "aug", "corpus": "bench", "modalities": ["audio", "visual"]})
+    folder.append(_epoch(["audio", "visual"], 3))
     for _ in range(5):
         train()
     wall: list[float] = []
@@ -94,12 +101,12 @@ def _step_cost(root: str, seconds: float, rounds: int) -> dict[str, Any]:
             for index in range(rounds):
                 pair = {}
                 for shown in (True, False) if index % 2 else (False, True):
-                    with _scraped(root, trainer.folder.uri, scraper) if shown else contextlib.nullcontext():
+                    with _scraped(root, folder.uri, scraper) if shown else contextlib.nullcontext():
                         pair[shown] = _block(train, trainer, seconds)
                 wall.append(pair[True][0] / pair[False][0])
                 cpu.append(pair[True][1] / pair[False][1])
                 without.append(pair[False][0])
-            with _scraped(root, trainer.folder.uri, scraper):
+            with _scraped(root, folder.uri, scraper):
                 began, used = time.perf_counter(), time.process_time()
                 time.sleep(2 * seconds)
                 alone = (time.process_time() - used) / (time.perf_counter() - began)
@@ -126,7 +133,7 @@ def _scraped(root: str, uri: str, scraper: subprocess.Popen[str]) -> Iterator[No
             print(file=scraper.stdin, flush=True)
 
 
-def _block(train: Any, trainer: Trainer, seconds: float) -> tuple[float, float]:
+def _block(train: Callable[[], None], trainer: Trainer, seconds: float) -> tuple[float, float]:
     """Wall and CPU seconds of this process per step, with the status that the loop writes either way."""
     began, used, steps = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - began < seconds:

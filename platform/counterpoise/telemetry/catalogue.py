@@ -23,7 +23,6 @@ LIMITS = {
     "action": 16,
     "event": 32,
     "error": 16,
-    "classifier": 64,
 }
 LABEL_LENGTH = 120  # characters of a label's value at most
 

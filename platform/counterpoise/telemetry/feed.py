@@ -106,7 +106,7 @@ class Feed:
         for record in tail.poll():
             self._tell("record", uri, record)
         self._looked[uri] = time.monotonic()
-        if tail.stale is None or tail.stale != (tail.status.get("state"), tail.status.get("time")):
+        if tail.status and tail.stale != (tail.status.get("state"), tail.status.get("time")):
             self._tell("status", uri, tail.state, tail.status)
 
     def _tell(self, what: str, *arguments: Any) -> None:
