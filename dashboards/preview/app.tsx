@@ -14,7 +14,7 @@ const asked = new URLSearchParams(location.search);
 const prometheus = asked.get('prometheus')!;
 const theme = D.createTheme({ colors: { mode: (asked.get('theme') as 'dark' | 'light') ?? 'dark' } });
 const COLUMNS = 24, CELL = 30, GAP = 8;
-const to = Math.floor(Date.now() / 1000), range = Number(asked.get('range') ?? 900), from = to - range;
+const to = Number(asked.get('to')), range = Number(asked.get('range')), from = to - range;
 
 (window as any).__grafana_public_path__ = './';
 const transformers = new Map(Object.values(D.standardTransformers).map((t: any) => [t.id, t]));

@@ -1,5 +1,5 @@
 // Opens the page for one dashboard after another and takes a picture of each.
-// stdin: {chromium, prometheus, width, range, theme, jobs: [{dashboard, out, variables: {name: [value]}}]}
+// stdin: {chromium, flags, prometheus, width, range, to, theme, jobs: [{dashboard, out, variables: {name: [value]}}]}
 // stdout: one JSON line per job: {out, panels, problems: [{panel, kind, text}]}
 import { readFileSync } from 'node:fs';
 import { createServer } from 'node:http';
@@ -45,7 +45,7 @@ try {
     const problems = [];
     page.on('pageerror', (error) => problems.push({ panel: '', kind: 'page', text: String(error.message ?? error) }));
     await page.setViewport({ width: asked.width, height: 1000, deviceScaleFactor: 1 });
-    const query = new URLSearchParams({ prometheus: asked.prometheus, range: asked.range, theme: asked.theme });
+    const query = new URLSearchParams({ prometheus: asked.prometheus, range: asked.range, to: asked.to, theme: asked.theme });
     for (const [name, values] of Object.entries(job.variables)) for (const v of values) query.append(`var-${name}`, v);
     await page.goto(`${origin}/index.html?${query}`);
     await page.waitForSelector('[data-ready], [data-failed]', { timeout: 120000 });

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +30,9 @@ methods = typer.Typer(help="List the methods and show their settings.", no_args_
 app.add_typer(methods, name="methods")
 bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-dashboards = typer.Typer(help="Grafana dashboards and Prometheus rules: build, check, push, preview.", no_args_is_help=True)
+dashboards = typer.Typer(
+    help="Grafana dashboards and Prometheus rules: build, check, push, preview.", no_args_is_help=True
+)
 app.add_typer(dashboards, name="dashboards")
 
 Runs = Annotated[
@@ -881,7 +884,10 @@ def dashboards_preview(
         str, typer.Option(envvar="COUNTERPOISE_PROMETHEUS_URL", help="Where the data comes from.")
     ] = "http://127.0.0.1:9090",
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for the pictures.")] = "preview",
-    minutes: Annotated[float, typer.Option(min=1, help="Time shown, until now.")] = 30,
+    minutes: Annotated[float, typer.Option(min=1, help="Time shown.")] = 30,
+    until: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%dT%H:%M"], help="Its end, local time.", show_default="now")
+    ] = None,
     var: Annotated[
         list[str] | None,
         typer.Option("--var", metavar="NAME=VALUE", help="Of a dashboard's variable, e.g. run=a1. Repeatable."),
@@ -903,7 +909,13 @@ def dashboards_preview(
         variables.setdefault(name, []).append(value)
     theme = "light" if light else "dark"
     pictures = preview.preview(
-        prometheus, out, boards=board or [], variables=variables, range_s=round(60 * minutes), theme=theme
+        prometheus,
+        out,
+        boards=board or [],
+        variables=variables,
+        range_s=round(60 * minutes),
+        until=until.timestamp() if until else None,
+        theme=theme,
     )
     for picture in pictures:
         print(picture.file)

@@ -334,12 +334,12 @@ def imbalance() -> dashboard.Dashboard:
                         line(
                             "Score ratio and thresholds of ACA",
                             "A modality's score over the mean of the others. Below the low threshold (sigma - tau) it "
-                            "is behind and gets a classifier at the next decision. Bad: a modality that stays below "
-                            "though it keeps getting classifiers. Only methods that compare scores have it.",
+                            "is behind, and AUG gives it a classifier at the next decision; other methods have no "
+                            "thresholds. Bad: a modality that stays far below 1.",
                             query(max_by(of("score_ratio", selector=MODALITIES), "modality"), "{{run}} {{modality}}"),
                             query(f"max by (bound) ({of('score_ratio_threshold')})", "threshold {{bound}}"),
                             log=True,
-                            none="no method here compares scores",
+                            none="no run with two modalities",
                         ),
                         12,
                     ),

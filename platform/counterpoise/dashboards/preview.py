@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,12 +85,14 @@ def preview(
     boards: Sequence[str] = (),
     variables: Mapping[str, Sequence[str]] | None = None,
     range_s: int = 900,
+    until: float | None = None,
     theme: str = "dark",
     width: int = WIDTH,
 ) -> list[Picture]:
-    """Draw dashboards over the last `range_s` seconds, out/NAME.png each.
+    """Draw dashboards over `range_s` seconds, out/NAME.png each.
 
-    boards: names, all if empty. variables: values of the dashboards' variables, all if not given.
+    until: the end of that time in Unix seconds, None for now. boards: names, all if empty. variables: values of the
+    dashboards' variables, all if not given.
     """
     known = files.committed()
     for name in boards:
@@ -112,6 +115,7 @@ def preview(
         "prometheus": prometheus.rstrip("/"),
         "width": width,
         "range": range_s,
+        "to": int(time.time() if until is None else until),
         "theme": theme,
         "jobs": [
             {"dashboard": known[name], "out": str(folder / f"{name}.png"), "variables": dict(variables or {})}
