@@ -221,6 +221,17 @@ def test_monitor_runs_until_ctrl_c_and_leaves_nothing_behind(tmp_path: Path) -> 
     assert (tmp_path / "runs" / ".monitor" / "tsdb").is_dir() and (tmp_path / "runs" / ".metrics").is_dir()
 
 
+def test_a_wish_to_stop_ends_the_start(tmp_path: Path) -> None:
+    need_prometheus()
+    places = stack.Places.of(str(tmp_path / "runs"), None, None, 0, 0, "1d")
+    with pytest.raises(KeyboardInterrupt), stack.stack(places, lambda text: None, stopped=lambda: "SIGINT"):
+        pass
+    # Nothing of it goes on: its data folder can be had again.
+    with stack.stack(places, lambda text: None, grafana=False) as running:
+        running.check()
+        assert stack.targets_up(running.prometheus) == {}
+
+
 def test_monitor_says_which_port_is_taken(tmp_path: Path, foreign: str) -> None:
     need_prometheus()
     port = int(foreign.partition(":")[2])
@@ -278,6 +289,7 @@ def test_grafana_where_it_is_installed_gets_our_files_and_no_password(
     storage.mkdir(parents=True)
     server = stack.start_grafana([str(program)], places, "http://127.0.0.1:9")
     try:
+        server.wait_until("/api/health")
         with urllib.request.urlopen(server.url + "/api/health", timeout=10) as answer:
             told = json.load(answer)
     finally:

@@ -25,7 +25,7 @@ _HEADING = "# Written by `counterpoise dashboards build`. Changes belong into co
 def root() -> Path:
     """The `dashboards/` folder of a checkout, or its copy inside an installed package."""
     package = Path(counterpoise.__file__).parent
-    installed = package / "dashboards" / "files"
+    installed = package / "dashboards" / "assets"
     return installed if installed.is_dir() else package.parents[1] / "dashboards"
 
 

@@ -25,6 +25,7 @@ PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
 READY_S = 90.0  # a machine that trains is busy
 STOP_S = 20.0
 POLL_S = 0.2
+LOOK_S = 1.0  # between two looks at what is scraped
 _HOMES = ("/usr/share/grafana", "/opt/homebrew/share/grafana", "/usr/local/share/grafana")
 
 
@@ -55,28 +56,36 @@ class Places:
 
 @dataclass(frozen=True)
 class Running:
-    """What is up: addresses, None for what is not there."""
+    """What is up: addresses, None for what is not there. check: raises ResourceError if a server has ended."""
 
     prometheus: str
     grafana: str | None
+    check: Callable[[], None]
 
 
 @contextmanager
-def stack(places: Places, say: Callable[[str], None], *, grafana: bool = True) -> Iterator[Running]:
-    """Start the servers and stop them when the block ends."""
-    started: list[_Server] = []
+def stack(
+    places: Places, say: Callable[[str], None], *, grafana: bool = True, stopped: Callable[[], object] = bool
+) -> Iterator[Running]:
+    """Start the servers and stop them when the block ends. stopped: asked while they start."""
+    started: list[Server] = []
+
+    def check() -> None:
+        for one in started:
+            one.check()
+
     try:
         server = start_prometheus(places, say)
         started.append(server)
+        server.wait_until("/-/ready", stopped)
         shown = None
         if grafana and (command := _grafana_command()) is None:
             say("grafana     not installed; `counterpoise dashboards preview` draws the dashboards without it")
         elif grafana and command is not None:
             started.append(start_grafana(command, places, server.url))
+            started[-1].wait_until("/api/health", stopped)
             shown = started[-1].url
-        yield Running(server.url, shown)
-        for one in started:
-            one.check()
+        yield Running(server.url, shown, check)
     finally:
         for one in reversed(started):
             one.stop()
@@ -84,25 +93,22 @@ def stack(places: Places, say: Callable[[str], None], *, grafana: bool = True) -
 
 def monitor(places: Places, stopped: Callable[[], object], say: Callable[[str], None]) -> None:
     """`counterpoise monitor`: the servers until `stopped` says so, or one of them ends."""
-    with stack(places, say) as running:
+    with stack(places, say, stopped=stopped) as running:
         say(f"prometheus  {running.prometheus}  alerts {running.prometheus}/alerts")
         if running.grafana is not None:
             say(f"grafana     {running.grafana}/d/counterpoise-imbalance")
         say(f"targets     {places.targets}: train with --runs there, or with --metrics-sd {places.targets}")
         say(f"data        {places.data}, kept for {places.retention}; Ctrl-C stops the servers")
         seen = None
-        while not stopped():
-            time.sleep(1.0)
-            if (now := targets_up(running.prometheus)) != seen and now is not None:
+        while True:
+            now = targets_up(running.prometheus)
+            time.sleep(LOOK_S)
+            if stopped():  # asked last: Ctrl-C reaches the servers as well
+                return
+            running.check()
+            if now is not None and now != seen:
                 seen = now
                 say(f"scraping    {', '.join(f'{n} {job}' for job, n in now.items()) or 'nothing yet'}")
-            _alive(running)
-
-
-def _alive(running: Running) -> None:
-    for name, url in (("Prometheus", running.prometheus), ("Grafana", running.grafana)):
-        if url is not None and not _listens(url):
-            raise ResourceError(f"{name} at {url} is gone; its log is in the data folder")
 
 
 def targets_up(prometheus: str) -> dict[str, int] | None:
@@ -124,7 +130,7 @@ def targets_up(prometheus: str) -> dict[str, int] | None:
 
 
 @dataclass
-class _Server:
+class Server:
     """A child process, its address, and its log."""
 
     name: str
@@ -140,10 +146,12 @@ class _Server:
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
         return f"{' | '.join(lines[-3:])[-600:] or 'it said nothing'} (all of it in {self.log})"
 
-    def wait_until(self, ready: str) -> None:
-        """Until `ready`, a path, answers with 200."""
+    def wait_until(self, ready: str, stopped: Callable[[], object] = bool) -> None:
+        """Until `ready`, a path, answers with 200. Raises KeyboardInterrupt if `stopped` says so before."""
         began = time.monotonic()
         while time.monotonic() - began < READY_S:
+            if stopped():
+                raise KeyboardInterrupt
             self.check()
             try:
                 with urllib.request.urlopen(self.url + ready, timeout=2) as answer:
@@ -164,8 +172,8 @@ class _Server:
                 self.process.wait()
 
 
-def start_prometheus(places: Places, say: Callable[[str], None]) -> _Server:
-    """A Prometheus that scrapes what registers in `places.targets`, ready to be asked."""
+def start_prometheus(places: Places, say: Callable[[str], None]) -> Server:
+    """A Prometheus that scrapes what registers in `places.targets`; not yet ready."""
     command = shutil.which("prometheus")
     if command is None:
         raise ResourceError(
@@ -193,8 +201,7 @@ def start_prometheus(places: Places, say: Callable[[str], None]) -> _Server:
         f"--storage.tsdb.retention.time={places.retention}",
         f"--web.listen-address={LOOPBACK}:{port}",
     ]
-    server = _start("Prometheus", [command, *arguments], f"http://{LOOPBACK}:{port}", data / "prometheus.log")
-    return _ready(server, "/-/ready")
+    return _start("Prometheus", [command, *arguments], f"http://{LOOPBACK}:{port}", data / "prometheus.log")
 
 
 def _grafana_command() -> list[str] | None:
@@ -204,7 +211,7 @@ def _grafana_command() -> list[str] | None:
     return [command] if command else None
 
 
-def start_grafana(command: list[str], places: Places, prometheus: str) -> _Server:
+def start_grafana(command: list[str], places: Places, prometheus: str) -> Server:
     """A Grafana with our data source and dashboards; whoever reaches the loopback may look, nobody may log in."""
     port = _port(places.grafana_port, "--grafana-port")
     data = Path(places.data) / "grafana"
@@ -228,11 +235,10 @@ def start_grafana(command: list[str], places: Places, prometheus: str) -> _Serve
     }
     home = next((place for place in _HOMES if os.path.isdir(place)), None)
     arguments = [*command, *([f"--homepath={home}"] if home else [])]
-    server = _start("Grafana", arguments, f"http://{LOOPBACK}:{port}", Path(places.data) / "grafana.log", environment)
-    return _ready(server, "/api/health")
+    return _start("Grafana", arguments, f"http://{LOOPBACK}:{port}", Path(places.data) / "grafana.log", environment)
 
 
-def _start(name: str, command: list[str], url: str, log: Path, environment: Mapping[str, str] | None = None) -> _Server:
+def _start(name: str, command: list[str], url: str, log: Path, environment: Mapping[str, str] | None = None) -> Server:
     # Tokens and keys of ours are no business of the servers.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "GRAFANA_", "WANDB_", "HF_"))}
     with open(log, "ab") as out:
@@ -242,18 +248,8 @@ def _start(name: str, command: list[str], url: str, log: Path, environment: Mapp
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**inherited, **(environment or {})},
-            start_new_session=True,  # Ctrl-C is ours; we stop it in order
         )
-    return _Server(name, process, url, log)
-
-
-def _ready(server: _Server, path: str) -> _Server:
-    try:
-        server.wait_until(path)
-    except BaseException:
-        server.stop()
-        raise
-    return server
+    return Server(name, process, url, log)
 
 
 def _port(wanted: int, flag: str) -> int:
