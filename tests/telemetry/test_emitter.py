@@ -293,6 +293,20 @@ def test_an_error_of_the_run_passes_through(tmp_path: Path) -> None:
         raise Interrupted("stopped")
 
 
+def test_a_run_in_object_storage_is_shown(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root = f"{bucket}/runs"
+    folder = RunFolder.create(root, "far", experiment_text=EXPERIMENT, provenance={}, manifest={})
+    with emitting(QUIET, root, "far"):
+        url = url_of(capsys)
+        with folder, following({folder.uri: False}):
+            folder.append(START)
+            folder.append(epoch(1))
+            folder.write_status({"state": "interrupted", "step": 10}, force=True)
+        found = Scraped(scrape(url))
+    assert found.value("fused_accuracy", run="far", split="valid") == 0.6
+    assert found.value("run_state", state="interrupted") == 1 and found.value("steps_total") == 10
+
+
 def test_labels_are_bounded(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many = {f"c{i}": 0.5 for i in range(1000)}
     with emitting(QUIET, str(tmp_path), "r"), following({run.uri: False}):
