@@ -732,7 +732,7 @@ def training() -> dashboard.Dashboard:
                             "Worker restarts",
                             "How often workers died and the run went on from a checkpoint. Bad: more than a few; look "
                             "for memory or preemption.",
-                            query(f"sum({of('worker_restarts_total')})"),
+                            query(f"sum({ended_too(of('worker_restarts_total'))})", instant=True),
                             steps=((1, YELLOW), (3, RED)),
                         ),
                         3,
@@ -741,7 +741,7 @@ def training() -> dashboard.Dashboard:
                         number(
                             "Failures",
                             "Failures of these runs, a loss of NaN among them. Bad: any.",
-                            query(f"sum({of('failures_total')})"),
+                            query(f"sum({ended_too(of('failures_total'))})", instant=True),
                             steps=((1, RED),),
                         ),
                         3,
@@ -751,7 +751,7 @@ def training() -> dashboard.Dashboard:
                             "Skipped rows",
                             "Rows that could not be decoded and were left out; the run's ledger.jsonl names them. Bad: "
                             "more than a handful.",
-                            query(f"sum({of('skipped_rows_total')})"),
+                            query(f"sum({ended_too(of('skipped_rows_total'))})", instant=True),
                             steps=((1, YELLOW),),
                         ),
                         4,
