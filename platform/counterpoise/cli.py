@@ -49,7 +49,9 @@ Address = Annotated[
 ]
 Track = Annotated[
     list[str] | None,
-    typer.Option("--track", envvar="COUNTERPOISE_TRACK", metavar="TRACKER", help="tensorboard, mlflow or wandb. Repeatable."),
+    typer.Option(
+        "--track", envvar="COUNTERPOISE_TRACK", metavar="TRACKER", help="tensorboard, mlflow or wandb. Repeatable."
+    ),
 ]
 Missing = Annotated[
     list[str] | None,
@@ -58,7 +60,9 @@ Missing = Annotated[
 MetricsPort = Annotated[
     str,
     typer.Option(
-        envvar="COUNTERPOISE_METRICS_PORT", metavar="PORT", help="Port of live metrics for Prometheus; 0: any free one; off."
+        envvar="COUNTERPOISE_METRICS_PORT",
+        metavar="PORT",
+        help="Port of live metrics for Prometheus; 0: any free one; off.",
     ),
 ]
 MetricsAddress = Annotated[str, typer.Option(metavar="HOST", help="Where metrics are shown.")]
@@ -148,9 +152,7 @@ def train(
 
     _choice("--engine", engine, ("local", "ray"))
     trackers = chosen(track or [])
-    settings = Settings(
-        engine, workers, device, threads, checkpoint_every, address, verbose=verbose, track=trackers
-    )
+    settings = Settings(engine, workers, device, threads, checkpoint_every, address, verbose=verbose, track=trackers)
     metrics = Options.parse(metrics_port, metrics_address, metrics_sd, metrics_linger, runs)
     given = read_yaml(experiment) if experiment else None
     if resume:
@@ -415,7 +417,9 @@ def evaluate(
     if lacking:
         print(f"\n{'':{max(map(len, lacking))}}  accuracy     mAP  macro-F1")
     for name, values in lacking.items():
-        print(f"{name:{max(map(len, lacking))}}  {values['accuracy']:8.4f}  {values['map']:6.4f}  {values['macro_f1']:8.4f}")
+        print(
+            f"{name:{max(map(len, lacking))}}  {values['accuracy']:8.4f}  {values['map']:6.4f}  {values['macro_f1']:8.4f}"
+        )
     if result["skipped"]:
         say(f"{result['skipped']} rows could not be decoded and are left out")
     say(f"predictions in {result['predictions']}")
