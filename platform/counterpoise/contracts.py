@@ -18,15 +18,17 @@ Batch = dict[str, "Tensor"]
 
 # One line of records.jsonl, the truth that every table, picture and gauge is drawn from. All have `seq` (0, 1, ...),
 # `time` (Unix seconds) and `kind`:
-#   start     run, method, corpus, modalities, classes (names), epochs (of all stages), stages [{name, epochs, aside}
-#             (aside only where true)], batches (per epoch), samples {split: n}, parameters, workers, device, seed
+#   start     run, method, corpus, protocol (or null), modalities, classes (names), epochs (of all stages),
+#             stages [{name, epochs, aside} (aside only where true)], batches (per epoch), samples {split: n},
+#             parameters, workers, device, seed
 #   epoch     epoch (1-based), stage (its name), lr,
 #             train {loss, losses {term: mean}, accuracy {fused, <modality>}, score {<modality>}}: what was computed,
 #             valid {loss, accuracy {fused, <modality>}, score} or null, gap (valid; best minus worst modality),
 #             classifiers {<modality>: n} or {}, coefficients {name: mean}, best_epoch,
 #             seconds, data_wait_s, samples_per_s
 #   decision  epoch, action, add [modalities], inputs {...}, classifiers {<modality>: n after it}
-#   event     event ("resumed", "skipped_rows", "checkpoint_fallback", "interrupted", ...) and free fields
+#   event     event ("resumed", "skipped_rows", "checkpoint_fallback", "interrupted", ...) and free fields; "failed" has
+#             the error's text and its type
 #   end       summary (the content of summary.json)
 Record = dict[str, Any]
 

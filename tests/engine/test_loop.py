@@ -225,7 +225,7 @@ def test_a_longer_run_continues_a_shorter_one(run_experiment: Callable[..., Done
 
 
 START_FIELDS = {"run", "method", "corpus", "modalities", "classes", "epochs", "batches", "samples", "parameters"}
-START_FIELDS |= {"workers", "device", "seed", "stages"}
+START_FIELDS |= {"workers", "device", "seed", "stages", "protocol"}
 EPOCH_FIELDS = {"epoch", "lr", "train", "valid", "gap", "classifiers", "coefficients", "best_epoch", "seconds"}
 EPOCH_FIELDS |= {"data_wait_s", "samples_per_s", "stage"}
 
