@@ -244,7 +244,7 @@ def test_a_resumed_run_shows_only_what_is_new(tmp_path: Path, resuming: bool | N
         kwargs={"stop": stop, "console": console, "resuming": resuming, "poll_s": 0.01},
     )
     thread.start()
-    threading.Event().wait(0.1)
+    threading.Event().wait(1.0)  # until it has looked once, on a busy machine too
     make_run(tmp_path, "joint", epochs=5)
     thread.join(timeout=10)
     assert not thread.is_alive()
