@@ -16,11 +16,12 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Cluster:
 
 
 _open: list[Cluster] = []
+_REAP_S = 5.0
 
 
 @contextlib.contextmanager
@@ -112,10 +114,28 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
             yield _open[-1]
         finally:
             _open.clear()
+            children = _children(ray) if address is None else []
             with _ignored_errors():
                 ray.shutdown()
+            _reap(children)
             if folder and not verbose:  # Ray's logs; the next start removes what is left
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _children(ray: Any) -> list[subprocess.Popen[bytes]]:
+    """The processes of the cluster that this one has started."""
+    node = getattr(ray._private.worker, "_global_node", None)
+    return [info.process for infos in getattr(node, "all_processes", {}).values() for info in infos]
+
+
+def _reap(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait for processes that have been told to end, and end those that Ray has left behind."""
+    for child in children:
+        try:
+            child.wait(timeout=_REAP_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def adopt(cluster: Cluster) -> None:
