@@ -27,7 +27,6 @@ from counterpoise.config import Experiment, changed_fields, flatten, parse_metho
 from counterpoise.contracts import (
     ConfigError,
     CounterpoiseError,
-    DataError,
     Interrupted,
     RefusedError,
     ResourceError,
@@ -43,10 +42,12 @@ from counterpoise.start import (
     Settings,
     StopRequest,
     check_same_data,
+    in_use,
     make_job,
     new_run,
     preview,
     publisher,
+    reopened,
     run_jobs,
 )
 from counterpoise.storage import join
@@ -540,7 +541,7 @@ def compare(
             raise ConfigError("--resume needs the --name of the comparison to continue")
         old, saved = _reopen(runs, name)
     elif name is not None and storage.list_names(join(runs, name)):
-        raise _in_use(runs, name)
+        raise in_use(runs, name)
     asked = ask(old, experiment, sets, seeds, first_seed, tune, tune_seeds)
     if methods is None and old is None:
         raise ConfigError(f"--methods: name what to compare, e.g. joint,aug, or all (known: {', '.join(METHODS)})")
@@ -571,7 +572,7 @@ def compare(
     content = redact({**content, **saved, "asked": asdict(asked), "result": None})
     if old is None:
         if not storage.write_new(join(root, COMPARISON), _pretty(content)):
-            raise _in_use(runs, name)
+            raise in_use(runs, name)
     elif old != asked:
         storage.write_bytes(join(root, COMPARISON), _pretty(content))
     say(f"comparison  {storage.show(root)}")
@@ -590,20 +591,8 @@ def compare(
     return not any(row.others or len(row.finished) < len(asked.seeds) for row in table.rows)
 
 
-def _in_use(runs: str, name: str) -> RefusedError:
-    return RefusedError(f"{name!r} exists in {storage.show(runs)}; choose another --name, or continue it with --resume")
-
-
 def _reopen(runs: str, name: str) -> tuple[Asked, dict[str, Any]]:
-    """What a comparison was asked for, and the content of its file."""
-    place = join(runs, name, COMPARISON)
-    if not storage.exists(place):
-        raise DataError(f"{storage.show(join(runs, name))} is not a comparison: it has no {COMPARISON}")
-    try:
-        saved = json.loads(storage.read_bytes(place))
-        return Asked.from_json(saved["asked"]), saved
-    except (ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"{storage.show(place)} is damaged: {error}; restore it from a copy") from error
+    return reopened(join(runs, name), COMPARISON, "comparison", Asked.from_json)
 
 
 def _pretty(content: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import signal
@@ -16,7 +17,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -32,6 +33,7 @@ from counterpoise.storage import join
 if TYPE_CHECKING:
     from counterpoise.telemetry.emitter import Samples
 
+T = TypeVar("T")
 CHANGES = "changes.json"
 VERSIONS_OF = ("torch", "torchvision", "numpy", "ray", "pyarrow", "scikit-learn", "s3fs")
 
@@ -243,6 +245,23 @@ def reopen(
     old, _ = resolve(saved, source=f"{name}/experiment.yaml")
     new, _ = resolve(saved if given is None else given, sets, source)
     return folder, new, check_changes(old, new, allowed)
+
+
+def in_use(runs: str, name: str) -> RefusedError:
+    """For a name of a comparison or a sweep that is there already."""
+    return RefusedError(f"{name!r} exists in {storage.show(runs)}; choose another --name, or continue it with --resume")
+
+
+def reopened(folder: str, file: str, what: str, asked: Callable[[Any], T]) -> tuple[T, dict[str, Any]]:
+    """What a comparison or a sweep was asked for, and the content of its file."""
+    place = join(folder, file)
+    if not storage.exists(place):
+        raise DataError(f"{storage.show(folder)} is not a {what}: it has no {file}")
+    try:
+        saved = json.loads(storage.read_bytes(place))
+        return asked(saved["asked"]), saved
+    except (ValueError, KeyError, TypeError) as error:
+        raise RefusedError(f"{storage.show(place)} is damaged: {error}; restore it from a copy") from error
 
 
 def check_same_data(folder: RunFolder, seen: Preview) -> None:

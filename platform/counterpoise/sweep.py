@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from counterpoise import storage
 from counterpoise.cli import say
 from counterpoise.config import Experiment, changed_fields, parse_yaml, resolve
-from counterpoise.contracts import ConfigError, DataError, Interrupted, RefusedError, ResourceError
+from counterpoise.contracts import ConfigError, Interrupted, RefusedError, ResourceError
 from counterpoise.data.plan import generator
 from counterpoise.engine.exploit import exploit
 from counterpoise.engine.job import chosen_device
@@ -43,9 +43,11 @@ from counterpoise.start import (
     Settings,
     StopRequest,
     check_same_data,
+    in_use,
     keep_changes,
     preview,
     publisher,
+    reopened,
     run_content,
 )
 from counterpoise.storage import join
@@ -809,7 +811,7 @@ def run_sweep(
     elif asked is None:
         raise ConfigError("name a sweep file, e.g. counterpoise sweep trainables/experiments/sweeps/av_digits_lr.yaml")
     elif name is not None and storage.list_names(join(runs, name)):
-        raise _in_use(runs, name)
+        raise in_use(runs, name)
     sweep = asked.sweep
     resources = sweep.resources
     device = "cuda" if resources.gpus and not settings.address else "cpu"  # here; a cluster's GPUs are there
@@ -858,7 +860,7 @@ def run_sweep(
     }
     content = redact(content)
     if not resume and not storage.write_new(join(root, SWEEP), _pretty(content)):
-        raise _in_use(runs, name)
+        raise in_use(runs, name)
     say(f"sweep       {storage.show(root)}")
     ledger = Ledger(root, content)
     with emitting(metrics, runs, name, publish=publisher(settings)):
@@ -894,14 +896,7 @@ def run_sweep(
 
 def reopen(runs: str, name: str) -> tuple[Asked, dict[str, Any]]:
     """What a sweep was asked for, and the content of its file."""
-    place = join(runs, name, SWEEP)
-    if not storage.exists(place):
-        raise DataError(f"{storage.show(join(runs, name))} is not a sweep: it has no {SWEEP}")
-    try:
-        saved = json.loads(storage.read_bytes(place))
-        return Asked.from_json(saved["asked"]), saved
-    except (ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"{storage.show(place)} is damaged: {error}; restore it from a copy") from error
+    return reopened(join(runs, name), SWEEP, "sweep", Asked.from_json)
 
 
 def check_extends(old: Asked, new: Asked) -> None:
@@ -926,7 +921,3 @@ def check_extends(old: Asked, new: Asked) -> None:
             f"this is not the sweep that was started: {', '.join(wrong)} changed; values, seeds and points can only "
             "become more. Leave the file out to go on as before, or start another sweep under a new --name"
         )
-
-
-def _in_use(runs: str, name: str) -> RefusedError:
-    return RefusedError(f"{name!r} exists in {storage.show(runs)}; choose another --name, or continue it with --resume")
