@@ -16,7 +16,6 @@ from counterpoise.config import (
     Experiment,
     changed_fields,
     check_changes,
-    flatten,
     parse_set,
     parse_yaml,
     read_yaml,
@@ -24,6 +23,7 @@ from counterpoise.config import (
 )
 from counterpoise.contracts import ConfigError, RefusedError
 from counterpoise.methods import METHODS
+from counterpoise.wording import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN: dict[str, Any] = {

@@ -23,7 +23,7 @@ from typing import Any
 
 from counterpoise import storage
 from counterpoise.cli import say
-from counterpoise.config import Experiment, changed_fields, flatten, parse_method, parse_set, read_yaml, resolve
+from counterpoise.config import Experiment, changed_fields, parse_method, parse_set, read_yaml, resolve
 from counterpoise.contracts import (
     ConfigError,
     CounterpoiseError,
@@ -52,7 +52,7 @@ from counterpoise.start import (
 )
 from counterpoise.storage import join
 from counterpoise.telemetry.emitter import Options, emitting
-from counterpoise.wording import duration
+from counterpoise.wording import duration, flatten, pretty_json
 
 COMPARISON = "comparison.json"
 SEEDS = 5
@@ -571,10 +571,10 @@ def compare(
     }
     content = redact({**content, **saved, "asked": asdict(asked), "result": None})
     if old is None:
-        if not storage.write_new(join(root, COMPARISON), _pretty(content)):
+        if not storage.write_new(join(root, COMPARISON), pretty_json(content)):
             raise in_use(runs, name)
     elif old != asked:
-        storage.write_bytes(join(root, COMPARISON), _pretty(content))
+        storage.write_bytes(join(root, COMPARISON), pretty_json(content))
     say(f"comparison  {storage.show(root)}")
 
     with emitting(metrics, runs, name, publish=publisher(settings)):
@@ -582,7 +582,7 @@ def compare(
             chosen, valid = Runner(asked, entries, root, stop).run()
         table, reference = tabulate(asked, root, chosen, valid)
         content["result"] = result_json(asked, table, reference, valid)
-        storage.write_bytes(join(root, COMPARISON), _pretty(content))
+        storage.write_bytes(join(root, COMPARISON), pretty_json(content))
         say()
         print(json.dumps(content, indent=2) if as_json else text_table(table))
         if out or storage.is_local(runs):
@@ -593,7 +593,3 @@ def compare(
 
 def _reopen(runs: str, name: str) -> tuple[Asked, dict[str, Any]]:
     return reopened(join(runs, name), COMPARISON, "comparison", Asked.from_json)
-
-
-def _pretty(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

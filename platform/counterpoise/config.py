@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from counterpoise.contracts import ConfigError, RefusedError
 from counterpoise.data.options import DataOptions
 from counterpoise.methods import METHODS, Method, MethodConfig
 from counterpoise.models.encoders import ENCODERS, EncoderConfig
-from counterpoise.wording import did_you_mean
+from counterpoise.wording import did_you_mean, flatten
 
 MAX_FILE_BYTES = 1_000_000
 
@@ -280,15 +280,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def resolve(

@@ -55,7 +55,7 @@ from counterpoise.sweepfile import Asked, Pbt, Resources, Sweep, Trial, combinat
 from counterpoise.telemetry.board import Board
 from counterpoise.telemetry.emitter import Options, emitting
 from counterpoise.telemetry.feed import current
-from counterpoise.wording import duration
+from counterpoise.wording import duration, pretty_json
 
 if TYPE_CHECKING:
     from counterpoise.launch.cluster import Cluster
@@ -290,15 +290,11 @@ class Ledger:
         pause = LOCAL_SAVE_S if storage.is_local(self.root) else REMOTE_SAVE_S
         if self._dirty and (force or time.monotonic() - self._saved > pause):
             self.content["trials"] = list(self.entries.values())
-            storage.write_bytes(join(self.root, SWEEP), _pretty(self.content), durable=force)
+            storage.write_bytes(join(self.root, SWEEP), pretty_json(self.content), durable=force)
             self._saved, self._dirty = time.monotonic(), False
 
     def count(self, *states: str) -> int:
         return sum(entry["state"] in states for entry in self.entries.values())
-
-
-def _pretty(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def look(root: str, trial: Trial, prepared: Prepared, changed: bool) -> dict[str, Any]:
@@ -859,7 +855,7 @@ def run_sweep(
         "asked": asked.to_json(),
     }
     content = redact(content)
-    if not resume and not storage.write_new(join(root, SWEEP), _pretty(content)):
+    if not resume and not storage.write_new(join(root, SWEEP), pretty_json(content)):
         raise in_use(runs, name)
     say(f"sweep       {storage.show(root)}")
     ledger = Ledger(root, content)

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from counterpoise.config import Experiment, explain, flatten, parse_method, parse_set, read_yaml, resolve
+from counterpoise.config import Experiment, explain, parse_method, parse_set, read_yaml, resolve
 from counterpoise.contracts import ConfigError
 from counterpoise.data.plan import generator
 from counterpoise.engine.run import safe_name
-from counterpoise.wording import did_you_mean
+from counterpoise.wording import did_you_mean, flatten
 
 MOST_TRIALS = 10_000
 DIGITS = 4  # of numbers that are drawn: what can be read can be written again

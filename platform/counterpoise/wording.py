@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 
 def did_you_mean(word: object, known: Iterable[object]) -> str:
     """ ", did you mean 'x'?" for the known word that is nearest, or nothing."""
     close = get_close_matches(str(word), [str(k) for k in known], n=1)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf, as settings are named to people; an empty mapping is a leaf."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def pretty_json(content: Any) -> bytes:
+    """JSON as it stands in files that people may read."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def duration(seconds: float | None) -> str:

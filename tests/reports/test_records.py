@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from counterpoise.contracts import DataError
-from counterpoise.reports.records import RunData, classifier_steps, flat, read_run, reason, series
+from counterpoise.reports.records import RunData, classifier_steps, read_run, reason, series
 
 Make = Callable[..., Path]
 
@@ -79,10 +79,6 @@ def test_the_settings_digest_ignores_seed_and_name() -> None:
 
     assert digest("{seed: 1, name: a, lr: 0.1}") == digest("{seed: 2, lr: 0.1}")
     assert digest("{seed: 1, lr: 0.1}") != digest("{seed: 1, lr: 0.2}")
-
-
-def test_flat() -> None:
-    assert flat({"a": {"b": 1, "c": {"d": [2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [2], "e": {}}
 
 
 def test_classifier_steps_begin_before_the_first_decision() -> None:

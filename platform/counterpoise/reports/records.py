@@ -12,6 +12,7 @@ import yaml
 
 from counterpoise import storage
 from counterpoise.contracts import DataError, Record
+from counterpoise.wording import flatten
 
 FUSED = "fused"
 # Keys of an experiment that may differ between runs of one group: the axis that is averaged over, and names.
@@ -94,7 +95,7 @@ class RunData:
             tree = {}
         if not isinstance(tree, dict):
             return {}
-        return flat({key: value for key, value in tree.items() if key not in NOT_SETTINGS})
+        return dict(flatten({key: value for key, value in tree.items() if key not in NOT_SETTINGS}))
 
     @property
     def settings_digest(self) -> str:
@@ -103,17 +104,6 @@ class RunData:
             return str(group)
         text = json.dumps(self.settings or self._first("digest", ""), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings as {dotted key: value}."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
 
 
 def accuracy_of(record: Record) -> dict[str, float]:

@@ -27,7 +27,7 @@ import yaml
 from counterpoise import storage
 from counterpoise.contracts import ConfigError, CounterpoiseError, Record, ResourceError
 from counterpoise.telemetry.display import Tail, decision_line
-from counterpoise.wording import did_you_mean
+from counterpoise.wording import did_you_mean, flatten
 
 STATE = "trackers.json"
 LOCAL_POLL_S, REMOTE_POLL_S = 1.0, 10.0
@@ -293,7 +293,7 @@ class _Follower:
     def _opened(self, uri: str) -> _Followed:
         manifest = json.loads(storage.read_text(storage.join(uri, "run.json")))
         tree = yaml.safe_load(storage.read_text(storage.join(uri, "experiment.yaml")))
-        settings = {k: v for k, v in _flat(tree) if v is not None} | {"digest": manifest.get("digest")}
+        settings = {k: v for k, v in flatten(tree) if v is not None} | {"digest": manifest.get("digest")}
         name = str(manifest.get("name") or uri.rstrip("/").rsplit("/", 1)[-1])
         place = storage.join(uri, STATE)
         before = json.loads(storage.read_text(place)) if storage.exists(place) else {}
@@ -355,14 +355,6 @@ class _Follower:
             _warn(f"{name} failed and is told nothing more ({text}); records.jsonl has everything")
             return False
         return True
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _warn(text: str) -> None:
