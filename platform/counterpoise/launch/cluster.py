@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from counterpoise.contracts import ResourceError
+from counterpoise.launch.pipelines import end_pipelines
 
 # What Ray reads from the environment; what the user has set stays.
 _ALWAYS = {
@@ -114,6 +115,8 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
             yield _open[-1]
         finally:
             _open.clear()
+            with _ignored_errors():
+                end_pipelines()
             children = _children(ray) if address is None else []
             with _ignored_errors():
                 ray.shutdown()

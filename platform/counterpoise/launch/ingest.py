@@ -27,6 +27,7 @@ from counterpoise.contracts import CounterpoiseError, ResourceError
 from counterpoise.data import plan
 from counterpoise.data.loader import LocalData
 from counterpoise.data.units import Decoded, decode_unit, read_window
+from counterpoise.launch.pipelines import THREAD
 
 if TYPE_CHECKING:
     from counterpoise.data.decode import Decoder
@@ -253,7 +254,7 @@ def _watched(blocks: Iterator[Any], explain: Callable[[], None]) -> Generator[An
                 box.append(("error", error))
             ready.set()
 
-    thread = threading.Thread(target=work, name="ray-data", daemon=True)
+    thread = threading.Thread(target=work, name=THREAD, daemon=True)
     thread.start()
     try:
         while True:

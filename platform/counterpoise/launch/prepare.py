@@ -14,12 +14,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 from counterpoise.contracts import CounterpoiseError, ResourceError
 from counterpoise.data.ingest import Part, Readers, Record, RunParts, Work, make_part
 from counterpoise.data.media import Limits
 from counterpoise.launch.cluster import cluster
+from counterpoise.launch.pipelines import THREAD, end_pipelines
 
 _POLL_S = 0.1
 _STALL_S = 60.0  # nothing came for so long: look whether the cluster has room for a task at all
@@ -48,8 +50,9 @@ def _ray_parts(
                 concurrency=min(workers, len(rows)),
             )
 
-        for item in arrivals(dataset):
-            yield (0, None) if item is None else (len(item["ledger"]), item)
+        with closing(arrivals(dataset)) as found:
+            for item in found:
+                yield (0, None) if item is None else (len(item["ledger"]), item)
 
 
 def arrivals(dataset: Callable[[], Any]) -> Generator[Any, None, None]:
@@ -60,23 +63,26 @@ def arrivals(dataset: Callable[[], Any]) -> Generator[Any, None, None]:
     import ray
 
     arrived: queue.Queue[Any] = queue.Queue()
-    threading.Thread(target=_collect, args=(dataset, arrived), name="ray-data", daemon=True).start()
-    waited = time.monotonic()
-    while True:
-        try:
-            item = arrived.get(timeout=_POLL_S)
-        except queue.Empty:
-            if time.monotonic() - waited > _STALL_S:
-                _explain(ray)
-                waited = time.monotonic()
-            yield None
-            continue
+    threading.Thread(target=_collect, args=(dataset, arrived), name=THREAD, daemon=True).start()
+    try:
         waited = time.monotonic()
-        if item is None:
-            return
-        if isinstance(item, BaseException):
-            raise item
-        yield item
+        while True:
+            try:
+                item = arrived.get(timeout=_POLL_S)
+            except queue.Empty:
+                if time.monotonic() - waited > _STALL_S:
+                    _explain(ray)
+                    waited = time.monotonic()
+                yield None
+                continue
+            waited = time.monotonic()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        end_pipelines()
 
 
 def _collect(dataset: Callable[[], Any], arrived: queue.Queue[Any]) -> None:
