@@ -25,6 +25,7 @@ Batch = dict[str, "Tensor"]
 #             train {loss, losses {term: mean}, accuracy {fused, <modality>}, score {<modality>}}: what was computed,
 #             valid {loss, accuracy {fused, <modality>}, score} or null, gap (valid; best minus worst modality),
 #             classifiers {<modality>: n} or {}, coefficients {name: mean}, best_epoch,
+#             classifier_weights {<modality>: [of each, in order]} (only of methods that have others than 1),
 #             seconds, data_wait_s, samples_per_s
 #   decision  epoch, action, add [modalities], inputs {...}, classifiers {<modality>: n after it}
 #   event     event ("resumed", "skipped_rows", "checkpoint_fallback", "interrupted", ...) and free fields; "failed" has

@@ -251,6 +251,13 @@ def test_records_are_what_the_contract_says(finished: Finished) -> None:
     assert done.folder.state() == "finished" and done.folder.verify() == []
 
 
+def test_weights_of_classifiers_are_recorded_where_they_are_not_1(finished: Finished) -> None:
+    epochs = finished("aug-fixed-weights").records("epoch")
+    assert epochs[-1]["classifiers"]["weak"] > 1
+    for epoch in epochs:
+        assert epoch["classifier_weights"] == {m: [1.0] + [0.25] * (n - 1) for m, n in epoch["classifiers"].items()}
+
+
 def test_the_first_of_the_best_epochs_is_selected_and_tested(finished: Finished) -> None:
     for name in ("joint", "aug", "adam-cosine"):
         done = finished(name)

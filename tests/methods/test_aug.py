@@ -462,3 +462,22 @@ def test_fixed_weight_scales_every_classifier_but_the_first() -> None:
     out = net(make_batch())
     stack = out.stacks["video"]
     torch.testing.assert_close(out.unimodal["video"], stack[:, 0] + 0.25 * (stack[:, 1] + stack[:, 2]))
+
+
+@pytest.mark.parametrize("weights", ["fixed", "learned"])
+def test_weights_that_are_reported_are_those_of_the_prediction(weights: str) -> None:
+    aug, net = aug_and_net(assign="fixed", classifiers={"audio": 2, "video": 4}, weights=weights, weight=0.25)
+    boosted(net).confidence.copy_(torch.tensor([0.4, 2.5]))
+    reported = aug.classifier_weights(net)
+    assert {name: len(values) for name, values in reported.items()} == aug.num_classifiers(net)
+    out = net(make_batch())
+    for name, values in reported.items():
+        rebuilt = (out.stacks[name] * torch.tensor(values).view(1, -1, 1)).sum(dim=1)
+        torch.testing.assert_close(out.unimodal[name], rebuilt)
+    assert reported["audio"][0] == reported["video"][0] == 1.0
+    assert weights == "learned" or reported["video"] == [1.0, 0.25, 0.25, 0.25]
+
+
+def test_classifiers_that_all_weigh_1_have_no_weights_to_report() -> None:
+    aug, net = aug_and_net(assign="fixed", classifiers={"video": 3})
+    assert aug.classifier_weights(net) == {}

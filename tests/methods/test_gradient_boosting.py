@@ -217,10 +217,12 @@ def test_a_round_leaves_the_classifiers_before_it_alone() -> None:
 
 
 def test_the_prediction_is_the_naive_one_plus_the_weighted_new_classifiers() -> None:
-    _, net = make()
+    method, net = make(line_search=True)
     head, u = head_of(net), torch.randn(5, 4)
     head.rounds["video"] = 2
     head.steps[1, 1] = 0.5
+    assert method.classifier_weights(net) == {"audio": [1.0], "video": [1.0, 1.0, 0.5]}
+    assert make()[0].classifier_weights(net) == {}, "without a line search all are 1"
     z = [head.linears["video"](u), *(booster(u) for booster in head.boosters["video"])]  # type: ignore[union-attr]
     out = head({"audio": u, "video": u})
     torch.testing.assert_close(out.unimodal["video"], z[0] + z[1] + 0.5 * z[2])

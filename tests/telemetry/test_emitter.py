@@ -321,13 +321,33 @@ def test_labels_are_bounded(run: RunFolder, tmp_path: Path, capsys: pytest.Captu
     ] * 2, "each is counted once"
 
 
+def test_every_classifier_has_its_weight_up_to_a_limit(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stacks = {"strong": [1.0], "weak": [1.0, 0.75, *[0.5] * 20]}
+    with emitting(QUIET, str(tmp_path), "r"), following({run.uri: False}):
+        url = url_of(capsys)
+        run.append(START)
+        run.append(epoch(1))
+        assert not until(url, "epoch", 1).having("classifier_weight"), (
+            "a method without, or a run of before there were any"
+        )
+        run.append(epoch(2, classifier_weights=stacks))
+        found = until(url, "epoch", 2)
+    shown = [(n, found.value("classifier_weight", modality="weak", classifier=str(n))) for n in (1, 2, 3, 16)]
+    assert shown == [(1, 1.0), (2, 0.75), (3, 0.5), (16, 0.5)]
+    assert len(found.having("classifier_weight", modality="weak")) == LIMITS["classifier"] == 16
+    assert len(found.having("classifier_weight", modality="strong")) == 1
+    assert found.value("exporter_left_out_total", label="classifier") == 6
+
+
 def test_a_record_that_makes_no_sense_is_counted_and_the_next_is_shown(
     run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with emitting(QUIET, str(tmp_path), "r"), following({run.uri: False}):
         run.append(START)
         run.append({"kind": "epoch", "epoch": "three"})
-        run.append(epoch(2, classifiers="none", coefficients=None, lr="fast"))
+        run.append(epoch(2, classifiers="none", classifier_weights={"weak": 3}, coefficients=None, lr="fast"))
         found = until(url_of(capsys), "epoch", 2)
     assert found.value("exporter_unusable_records_total") == 1
     assert found.value("fused_accuracy", split="valid") == 0.6

@@ -70,12 +70,13 @@ def test_the_numbers_of_an_epoch_have_names_that_sort_well() -> None:
     record = {
         "lr": 0.1, "gap": 0.25, "seconds": 2.0, "samples_per_s": None,
         "train": {"loss": 1.5, "losses": {"fused": 1.5}, "accuracy": {"fused": 0.5, "audio": 0.25}},
-        "valid": None, "classifiers": {"audio": 2}, "coefficients": {"modulation/audio": 0.75}, "best_epoch": 1,
+        "valid": None, "classifiers": {"audio": 2}, "classifier_weights": {"audio": [1.0, 0.5]},
+        "coefficients": {"modulation/audio": 0.75}, "best_epoch": 1,
     }  # fmt: skip
     assert epoch_numbers(record) == {
         "lr": 0.1, "gap": 0.25, "seconds": 2.0, "train/loss": 1.5, "train/losses/fused": 1.5,
         "train/accuracy/fused": 0.5, "train/accuracy/audio": 0.25, "classifiers/audio": 2.0,
-        "coefficients/modulation/audio": 0.75,
+        "classifier_weights/audio/1": 1.0, "classifier_weights/audio/2": 0.5, "coefficients/modulation/audio": 0.75,
     }  # fmt: skip
 
 

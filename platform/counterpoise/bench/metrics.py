@@ -157,6 +157,7 @@ def _epoch(modalities: list[str], classifiers: int) -> dict[str, Any]:
         "valid": part,
         "gap": 0.0,
         "classifiers": dict.fromkeys(modalities, classifiers),
+        "classifier_weights": {m: [1.0] + [0.5123456789] * (classifiers - 1) for m in modalities},
         "coefficients": {f"modulation/{m}": 0.5 for m in modalities},
         "best_epoch": 1,
         "seconds": 10.0,

@@ -341,7 +341,7 @@ def imbalance() -> dashboard.Dashboard:
                             log=True,
                             none="no run with two modalities",
                         ),
-                        12,
+                        8,
                     ),
                     (
                         line(
@@ -352,7 +352,26 @@ def imbalance() -> dashboard.Dashboard:
                             low=0,
                             steps=True,
                         ).decimals(0),
-                        12,
+                        8,
+                    ),
+                    (
+                        line(
+                            "Weights of classifiers",
+                            "What the second and later classifiers count in their modality's prediction; the first "
+                            "counts 1. AUG has one weight for them all, fixed or learned, gradient boosting one for "
+                            "each. Bad: near 0 for long, then added classifiers change nothing.",
+                            query(
+                                max_by(
+                                    of("classifier_weight", 'classifier!="1"', selector=MODALITIES),
+                                    "modality",
+                                    "classifier",
+                                ),
+                                "{{run}} {{modality}} {{classifier}}",
+                            ),
+                            low=0,
+                            none="no method here has any",
+                        ),
+                        8,
                     ),
                 ],
             ),

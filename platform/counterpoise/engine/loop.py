@@ -451,6 +451,7 @@ class Trainer:
             for name, value in sums.items()
             if name.startswith("coefficient/")
         }
+        weights = self.method.classifier_weights(self.net)
         return {
             "kind": "epoch",
             "epoch": progress.epoch,
@@ -460,6 +461,7 @@ class Trainer:
             "valid": _split_record(valid) if valid else None,
             "gap": accuracy_gap((valid or train).accuracy),
             "classifiers": self.method.num_classifiers(self.net),
+            **({"classifier_weights": weights} if weights else {}),
             "coefficients": coefficients,
             "best_epoch": progress.best_epoch,
             "seconds": seconds,

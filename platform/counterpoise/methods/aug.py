@@ -321,6 +321,14 @@ class AUG(Method[AUGConfig]):
     def num_classifiers(self, net: MultimodalNet) -> dict[str, int]:
         return dict(_head(net).num_classifiers)
 
+    def classifier_weights(self, net: MultimodalNet) -> dict[str, list[float]]:
+        """1, then w_m for all others."""
+        if self.config.weights == "none":
+            return {}
+        head = _head(net)
+        weights = zip(head.modalities, head.weights().tolist(), strict=True)
+        return {name: [1.0] + [weight] * (head.num_classifiers[name] - 1) for name, weight in weights}
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch_scores": self._epoch_scores, "batches": self._batches} if self.learned else {}
 

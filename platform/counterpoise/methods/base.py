@@ -180,6 +180,10 @@ class Method(Generic[C]):
         """Classifiers per modality, for methods that have a varying number of them."""
         return {}
 
+    def classifier_weights(self, net: MultimodalNet) -> dict[str, list[float]]:
+        """What each classifier of a modality counts in its logits, in order; for methods where that is not 1."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-like state that resuming needs besides the network."""
         return {}

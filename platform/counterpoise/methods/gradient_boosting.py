@@ -252,6 +252,14 @@ class GradientBoosting(Method[GradientBoostingConfig]):
     def num_classifiers(self, net: MultimodalNet) -> dict[str, int]:
         return {name: 1 + rounds for name, rounds in _head(net).rounds.items()}
 
+    def classifier_weights(self, net: MultimodalNet) -> dict[str, list[float]]:
+        """1, then nu_t of every round; the one that is being fitted has 1 until its line search."""
+        if not self.config.line_search:
+            return {}
+        head = _head(net)
+        steps = zip(head.modalities, head.steps.tolist(), strict=True)
+        return {name: [1.0, *own[: head.rounds[name]]] for name, own in steps}
+
     def state_dict(self) -> dict[str, Any]:
         return {"boosted": list(self.boosted)}
 

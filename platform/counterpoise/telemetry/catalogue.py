@@ -18,6 +18,7 @@ RUN = ("run", "corpus", "method")  # run: its name, below that of its comparison
 LIMITS = {
     "run": 256,
     "modality": 32,
+    "classifier": 16,
     "term": 64,
     "coefficient": 32,
     "action": 16,
@@ -100,6 +101,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     # --- decisions
     _gauge("classifiers", "short", "Classifiers of a modality.", "modality"),
+    _gauge(
+        "classifier_weight",
+        "short",
+        "What a classifier counts in its modality's prediction, per epoch; absent for methods where that is always 1.",
+        "modality",
+        "classifier",
+    ),
     _counter("classifiers_added_total", "short", "Classifiers that were added to a modality.", "modality"),
     _gauge(
         "classifier_added_timestamp_seconds",

@@ -226,6 +226,10 @@ class RunState:
     def _decisions(self) -> Iterator[Sample]:
         for name, n in self.classifiers().items():
             yield "classifiers", (name,), float(n)
+        for name, values in _mapping(self.last.get("classifier_weights")).items():
+            for number, value in enumerate(values if isinstance(values, list) else (), start=1):
+                if (known := _number(value)) is not None:
+                    yield "classifier_weight", (str(name), str(number)), known
         latest: dict[str, Record] = {}
         weights: dict[str, float] = {}
         for decision in self.decisions:

@@ -200,6 +200,8 @@ def epoch_numbers(record: Record) -> dict[str, float]:
             found |= {f"{split}/{kind}/{name}": value for name, value in (part.get(kind) or {}).items()}
     for kind in ("classifiers", "coefficients"):
         found |= {f"{kind}/{name}": value for name, value in (record.get(kind) or {}).items()}
+    for name, weights in (record.get("classifier_weights") or {}).items():
+        found |= {f"classifier_weights/{name}/{number}": value for number, value in enumerate(weights, start=1)}
     return _only_numbers(found)
 
 
