@@ -10,8 +10,8 @@ import yaml
 from counterpoise.contracts import ConfigError
 from counterpoise.data import card as cards
 from counterpoise.data.card import load_card, parse_card
-from counterpoise.data.index import open_splits
-from counterpoise.data.recipes import recipes
+from counterpoise.data.index import fingerprint, open_splits
+from counterpoise.data.recipes import card_of, recipes, recipes_root
 
 from .conftest import CARD
 
@@ -196,6 +196,42 @@ def test_unknown_modalities_are_named():
     with pytest.raises(ConfigError, match="corpus tiny has no modality 'adio', did you mean 'audio'"):
         card.select(["adio"])
     assert list(card.select(["text", "audio"])) == ["text", "audio"]
+
+
+def test_a_card_may_name_the_modality_that_joint_training_leaves_behind():
+    assert parsed(lambda raw: None).weak is None
+    card = parsed(lambda raw: raw.update(weak="image"))
+    weak = [line for line in cards.card_lines(card) if line.endswith(", weak in joint training")]
+    assert card.weak == "image" and len(weak) == 1 and weak[0].startswith("modality image: image,")
+    with pytest.raises(ConfigError, match="weak: corpus tiny has no modality 'imge', did you mean 'image'"):
+        parsed(lambda raw: raw.update(weak="imge"))
+
+
+def test_the_weak_modality_is_not_in_the_fingerprint_of_a_corpus(tiny):
+    raw = yaml.safe_load(Path(tiny.location).read_text())
+    found = []
+    for weak in (None, "audio", "text"):
+        card = parse_card(yaml.safe_dump(raw | {"weak": weak}).encode(), tiny.location)
+        found.append(fingerprint(card, open_splits(card)))
+    assert card.weak == "text" and len(set(found)) == 1
+
+
+def test_a_corpus_prepared_before_cards_named_the_weak_modality_has_it_from_its_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("COUNTERPOISE_HOME", str(tmp_path))
+    assert card_of("av_digits").weak == "visual", "of the recipe, as long as nothing is prepared"
+    folder = tmp_path / "corpora" / "av_digits"
+    folder.mkdir(parents=True)
+    recipe = yaml.safe_load((recipes_root() / "av_digits" / "corpus.yaml").read_text())
+    old = {key: value for key, value in recipe.items() if key != "weak"}
+    (folder / "corpus.yaml").write_text(yaml.safe_dump(old))
+    assert card_of("av_digits").weak == "visual" and card_of("av_digits").folder == str(folder)
+    for changed, weak in (
+        (old | {"weak": "audio"}, "audio"),
+        (old | {"modalities": {"audio": old["modalities"]["audio"]}}, None),
+        (old | {"name": "mine"}, None),
+    ):
+        (folder / "corpus.yaml").write_text(yaml.safe_dump(changed))
+        assert card_of(str(folder)).weak == weak
 
 
 def test_names_are_looked_up_among_prepared_corpora(tmp_path, monkeypatch):

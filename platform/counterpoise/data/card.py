@@ -316,6 +316,7 @@ class Card(_Model):
     sample_id: str | None = Field(default=None, description="column; null makes ids from file names and row numbers")
     splits: dict[Literal["train", "valid", "test"], SplitCard]
     modalities: dict[str, ModalityCard] = Field(min_length=1)
+    weak: str | None = Field(default=None, description="the modality that joint training usually leaves behind")
     protocols: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+-v[1-9][0-9]*$")], Protocol] = Field(
         default_factory=dict, description="by name and version, such as ogm_ge-v1"
     )
@@ -352,6 +353,8 @@ class Card(_Model):
         for name in self.modalities:
             if name in (LABEL, ROW, "fused") or not name.isidentifier():
                 raise ValueError(f"modalities.{name}: the name must be one word, and not label, row or fused")
+        if self.weak is not None and self.weak not in self.modalities:
+            raise ValueError(f"weak: {_no_modality(self, self.weak)}")
         for name, protocol in self.protocols.items():
             if protocol.select_on == "test" and "test" not in self.splits | protocol.splits:
                 raise ValueError(f"protocols.{name} selects on test, and there is no such split")
@@ -480,7 +483,8 @@ def card_lines(card: Card) -> list[str]:
         text = ", ".join(f"{key} {value}" for key, value in settings.items())
         shape = modality.preprocess.shape
         size = " x ".join(map(str, shape)) if shape else "as stored"
-        lines += ["", f"modality {name}: {modality.kind}, {size}", *_folded(text, "  ")]
+        weak = ", weak in joint training" if name == card.weak else ""
+        lines += ["", f"modality {name}: {modality.kind}, {size}{weak}", *_folded(text, "  ")]
     for name, protocol in card.protocols.items():
         lines += ["", f"protocol {name}" + (" (selects on test)" if protocol.select_on == "test" else "")]
         lines += _folded(protocol.description, "  ")

@@ -66,9 +66,17 @@ def recipes() -> list[Recipe]:
 
 
 def card_of(place: str) -> Card:
-    """The card of a prepared corpus, of one that can be prepared, or at a path or URI."""
+    """The card of a prepared corpus, of one that can be prepared, or at a path or URI.
+
+    One that was prepared before cards named the weak modality has it from its recipe.
+    """
+    names = recipe_names()
     prepared = storage.exists(storage.join(corpora_home(), place, CARD))
-    return load_card(str(recipes_root() / place / CARD) if place in recipe_names() and not prepared else place)
+    card = load_card(str(recipes_root() / place / CARD) if place in names and not prepared else place)
+    if card.weak is None and card.name in names:
+        weak = load_card(str(recipes_root() / card.name / CARD)).weak
+        return card.model_copy(update={"weak": weak if weak in card.modalities else None})
+    return card
 
 
 def _module(name: str) -> Any:
