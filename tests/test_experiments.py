@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from counterpoise.data.recipes import recipes
 from counterpoise.engine.comm import SingleComm
 from counterpoise.methods import METHODS
 from counterpoise.methods.base import Setting
@@ -51,6 +52,19 @@ def test_the_published_rows_that_a_sweep_names_are_rows_of_it(path: Path) -> Non
         if name != "aug-main":  # of methods on all corpora, not of one table
             rows = {row for block in chosen_tables([name])[name].corpora.values() for row in block.rows}
             assert rows <= labels, name
+
+
+@pytest.mark.parametrize("path", [p for p in SWEEPS if p.parent.name == "paper"], ids=lambda path: path.stem)
+def test_no_sweep_of_the_paper_is_bound_to_the_names_of_one_corpus(path: Path) -> None:
+    for recipe in recipes():
+        modalities = tuple(recipe.card.modalities)
+        weak = None if recipe.card.weak else modalities[-1]
+        asked = ask(str(path), recipe.name, [], None, None, weak)
+        assert "{weak}" not in str(asked.to_json())
+        for trial in plan(asked.sweep):
+            experiment, _ = asked.resolved(trial.vary, trial.seed)
+            named = set(getattr(experiment.method, "classifiers", {}))
+            assert experiment.corpus == recipe.name and named <= {weak or recipe.card.weak}, trial.label
 
 
 def test_every_setting_of_the_sensitivity_is_varied_alone() -> None:

@@ -145,6 +145,99 @@ def test_a_corpus_on_the_command_line_takes_the_experiment_beside(place: Path, c
         ask(str(file), None, ["optim.lr=1"], None, None)
 
 
+# --- the weak modality
+
+FIXED = "aug:assign=fixed:classifiers.{weak}=3"
+WITH_WEAK = {
+    "experiment": "../base.yaml",
+    "title": "Classifiers of {weak}",
+    "vary": {"method": ["joint", FIXED], "method.classifiers.{weak}x": [1]},
+    "report": {"baseline": FIXED, "rows": {FIXED: "{weak}: 3"}},
+}
+
+
+def say_weak(corpus: str, folder: Path, weak: str | None) -> str:
+    """The same corpus, by a card that says which modality is weak."""
+    folder.mkdir()
+    card = yaml.safe_load((Path(corpus) / "corpus.yaml").read_text())
+    for split in card["splits"].values():
+        split["files"] = str(Path(corpus) / split["files"])
+    (folder / "corpus.yaml").write_text(yaml.safe_dump(card | {"weak": weak}))
+    return str(folder)
+
+
+@pytest.fixture
+def weak_sweep(place: Path) -> Path:
+    file = place / "experiments" / "sweeps" / "w.yaml"
+    file.write_text(yaml.safe_dump(WITH_WEAK, sort_keys=False))
+    return file
+
+
+def test_every_text_of_a_sweep_may_name_the_weak_modality(weak_sweep: Path, corpus: str, tmp_path: Path) -> None:
+    asked = ask(str(weak_sweep), None, [], None, None, "strong")
+    fixed = "aug:assign=fixed:classifiers.strong=3"
+    assert asked.sweep.title == "Classifiers of strong"
+    assert asked.sweep.vary == {"method": ["joint", fixed], "method.classifiers.strongx": [1]}
+    assert asked.sweep.report == {"baseline": fixed, "rows": {fixed: "strong: 3"}}
+    said = say_weak(corpus, tmp_path / "said", "weak")
+    by_card = ask(str(weak_sweep), said, [], None, None)
+    assert by_card.sweep.title == "Classifiers of weak", "as the card says"
+    assert ask(str(weak_sweep), None, [f"corpus={said}"], None, None).sweep == by_card.sweep
+    assert ask(str(weak_sweep), said, [], None, None, "strong").sweep == asked.sweep, "the option goes before the card"
+
+
+def test_a_sweep_that_names_the_weak_modality_says_how_to_tell_it(
+    weak_sweep: Path, corpus: str, corpus_of_three: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        ask(str(weak_sweep), None, [], None, None)
+    text = str(raised.value)
+    assert f"{weak_sweep} names the weak modality in 'Classifiers of {{weak}}', '{FIXED}', " in text
+    assert "the card of corpus instruments does not say which one is weak" in text
+    assert f"--weak NAME, or write weak: NAME into {corpus}/corpus.yaml (one of: strong, weak)" in text
+    with pytest.raises(ConfigError, match=r"--weak is 'wek', did you mean 'weak'\?.* are trained: strong, weak$"):
+        ask(str(weak_sweep), None, [], None, None, "wek")
+
+    said = say_weak(corpus_of_three, tmp_path / "said", "third")
+    two = ["modalities={strong: mlp, weak: mlp}"]
+    with pytest.raises(ConfigError, match="says third, which is not trained; give --weak NAME"):
+        ask(str(weak_sweep), said, two, None, None)
+    with pytest.raises(ConfigError, match=r"--weak is 'third'; .* are trained: strong, weak$"):
+        ask(str(weak_sweep), said, two, None, None, "third")
+
+
+def test_what_names_the_weak_modality_twice_is_refused_and_what_does_not_name_it_asks_for_nothing(
+    weak_sweep: Path, corpus: str, corpus_of_three: str, tmp_path: Path
+) -> None:
+    rows = {"{weak}": "a", "strong": "b"}
+    weak_sweep.write_text(yaml.safe_dump({"experiment": "../base.yaml", "report": {"rows": rows}}))
+    with pytest.raises(ConfigError, match=r"\{weak\} is strong here, and 'strong' is then given twice"):
+        ask(str(weak_sweep), None, [], None, None, "strong")
+    places = [say_weak(corpus, tmp_path / "a", "weak"), say_weak(corpus_of_three, tmp_path / "b", "third")]
+    content = {"experiment": "../base.yaml", "title": "{weak}", "vary": {"corpus": places}}
+    weak_sweep.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"varies corpus, and \{weak\} would be third or weak"):
+        ask(str(weak_sweep), corpus, [], None, None)
+    assert ask(str(weak_sweep), corpus, [], None, None, "weak").sweep.title == "weak"
+    weak_sweep.write_text(yaml.safe_dump({"experiment": "../base.yaml", "vary": {"method": ["joint"]}}))
+    assert ask(str(weak_sweep), None, [], None, None, "weak") == ask(str(weak_sweep), None, [], None, None)
+
+
+def test_a_sweep_keeps_the_name_and_not_the_place_for_it(weak_sweep: Path, command: Any, corpus: str) -> None:
+    content = {"vary": {"method": ["joint", FIXED]}, "report": {"rows": {FIXED: "Fixed"}}}
+    code, out, _ = command(content, "--weak", "weak", "--dry-run", "--json")
+    asked = json.loads(out)["asked"]
+    assert code == 0 and "{weak}" not in out and Asked.from_json(asked).to_json() == asked
+    other = {**asked, "sweep": {**asked["sweep"], "vary": {"method": ["joint", FIXED.replace("{weak}", "strong")]}}}
+    with pytest.raises(RefusedError, match="not the sweep that was started: vary changed"):
+        check_extends(Asked.from_json(asked), Asked.from_json(other))
+    code, _, err = command(content, "--dry-run")
+    assert code == 2 and "does not say which one is weak" in err
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", "--name", "x", "--resume", "--weak", "weak"])
+    assert ended.value.code == 2
+
+
 # --- trials
 
 

@@ -292,6 +292,12 @@ def sweep(
         str | None,
         typer.Option(help="Another corpus: its experiment beside the sweep's, or a prepared one with usual encoders."),
     ] = None,
+    weak: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODALITY", help="What {weak} in the file stands for.", show_default="as the corpus's card says"
+        ),
+    ] = None,
     sets: Sets = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Workers of every trial.", show_default="as the file says")
@@ -332,9 +338,11 @@ def sweep(
     from counterpoise.sweepfile import ask
     from counterpoise.telemetry.emitter import Options
 
-    if file is None and (sets or corpus or workers or seeds):
-        raise ConfigError("--set, --corpus, --workers and --seeds change what a sweep file asks for; name the file too")
-    asked = ask(file, corpus, sets or [], workers, range(seeds) if seeds else None) if file else None
+    if file is None and (sets or corpus or weak or workers or seeds):
+        raise ConfigError(
+            "--set, --corpus, --weak, --workers and --seeds change what a sweep file asks for; name the file too"
+        )
+    asked = ask(file, corpus, sets or [], workers, range(seeds) if seeds else None, weak) if file else None
     whole = run_sweep(
         asked=asked,
         settings=Settings("ray", 1, checkpoint_every_s=checkpoint_every, address=address, verbose=verbose),

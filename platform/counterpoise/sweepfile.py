@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from counterpoise import storage
 from counterpoise.config import Experiment, explain, parse_method, parse_set, read_yaml, resolve
 from counterpoise.contracts import ConfigError
 from counterpoise.data.plan import generator
@@ -21,6 +22,7 @@ from counterpoise.engine.run import safe_name
 from counterpoise.wording import did_you_mean, flatten
 
 MOST_TRIALS = 10_000
+WEAK = "{weak}"  # in a sweep file, the name of the modality that joint training leaves behind
 DIGITS = 4  # of numbers that are drawn: what can be read can be written again
 
 
@@ -303,13 +305,38 @@ class Asked:
             raise ConfigError(f"{label_of(vary) or 'the experiment'}: {error}") from None
 
 
-def ask(path: str, corpus: str | None, sets: Sequence[str], workers: int | None, seeds: Sequence[int] | None) -> Asked:
+def ask(
+    path: str,
+    corpus: str | None,
+    sets: Sequence[str],
+    workers: int | None,
+    seeds: Sequence[int] | None,
+    weak: str | None = None,
+) -> Asked:
     """What a sweep file asks for, with what the command line changes.
 
     corpus: in place of the experiment of the file: NAME.yaml beside it, or that experiment on a prepared corpus with
     the usual encoder of every modality.
+    weak: the modality that {weak} stands for; default: the one that the card of the corpus names.
     """
-    sweep = read_sweep(read_yaml(path), path)
+    tree = read_yaml(path)
+    sweep = read_sweep(tree, path)
+    if sweep.experiment is None and corpus is None:
+        raise ConfigError(f"{path}: name the experiment that is varied, e.g. experiment: ../av_digits.yaml")
+    base = Path(os.path.normpath(Path(path).parent / (sweep.experiment or f"../{corpus}.yaml")))
+    if corpus is None:
+        content, source = read_yaml(base), str(base)
+    else:
+        content, source = _on_corpus(base, corpus)
+    if weak is not None or any(WEAK in text for text in _texts(tree)):
+        places = sweep.vary.get("corpus")
+        choices = [[*sets, f"corpus={json.dumps(place)}"] for place in places] if places else [sets]
+        names = {_weak(weak, tree, path, content, chosen, source) for chosen in choices}
+        if len(names) > 1:
+            raise ConfigError(
+                f"{path} varies corpus, and {WEAK} would be {' or '.join(sorted(names))}; give one corpus at a time"
+            )
+        sweep = read_sweep(_filled(tree, names.pop(), path), path)
     for text in sets:
         key = parse_set(text)[0]
         if key == "seed":
@@ -320,13 +347,6 @@ def ask(path: str, corpus: str | None, sets: Sequence[str], workers: int | None,
         sweep = sweep.model_copy(update={"resources": sweep.resources.model_copy(update={"workers": workers})})
     if seeds is not None:
         sweep = sweep.model_copy(update={"seeds": list(seeds)})
-    if sweep.experiment is None and corpus is None:
-        raise ConfigError(f"{path}: name the experiment that is varied, e.g. experiment: ../av_digits.yaml")
-    base = Path(os.path.normpath(Path(path).parent / (sweep.experiment or f"../{corpus}.yaml")))
-    if corpus is None:
-        content, source = read_yaml(base), str(base)
-    else:
-        content, source = _on_corpus(base, corpus)
     stem = Path(path).stem + (f"-{Path(corpus.rstrip('/')).stem}" if corpus else "")
     return Asked(sweep, source, json.loads(json.dumps(content, default=str)), tuple(sets), safe_name(stem))
 
@@ -344,6 +364,57 @@ def _on_corpus(base: Path, corpus: str) -> tuple[dict[str, Any], str]:
     content = read_yaml(base)
     dropped = ("modalities", "protocol", "preprocess")  # they are about the other corpus
     return {key: value for key, value in content.items() if key not in dropped} | {"corpus": corpus}, str(base)
+
+
+def _weak(
+    given: str | None, tree: Mapping[str, Any], path: str, content: Mapping[str, Any], sets: Sequence[str], source: str
+) -> str:
+    """The modality of the experiment that {weak} stands for: the one given, else the one its card names."""
+    from counterpoise.data.recipes import card_of
+
+    about = ("corpus", "modalities")
+    own = {key: value for key, value in content.items() if key in about} | {"method": "joint"}
+    experiment, _ = resolve(own, [text for text in sets if parse_set(text)[0].split(".")[0] in about], source)
+    card = card_of(experiment.corpus)
+    names = list(card.select(list(experiment.modalities) or None))
+    if given is not None and given not in names:
+        raise ConfigError(
+            f"--weak is {given!r}{did_you_mean(given, names)}; modalities of corpus {card.name} that are trained: "
+            f"{', '.join(names)}"
+        )
+    if given is None and card.weak not in names:
+        said = "does not say which one is weak" if card.weak is None else f"says {card.weak}, which is not trained"
+        where = dict.fromkeys(repr(text) for text in _texts(tree) if WEAK in text)
+        raise ConfigError(
+            f"{path} names the weak modality in {', '.join(where)}, and the card of corpus {card.name} {said}; give "
+            f"--weak NAME, or write weak: NAME into {storage.show(card.location)} (one of: {', '.join(names)})"
+        )
+    return str(given or card.weak)
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """Every text of a file, keys included."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping | list):
+        for part in itertools.chain.from_iterable(tree.items()) if isinstance(tree, Mapping) else tree:
+            yield from _texts(part)
+
+
+def _filled(tree: Any, weak: str, path: str) -> Any:
+    """The content of a file with {weak} replaced in every text."""
+    if isinstance(tree, str):
+        return tree.replace(WEAK, weak)
+    if isinstance(tree, list):
+        return [_filled(part, weak, path) for part in tree]
+    if not isinstance(tree, Mapping):
+        return tree
+    found: dict[Any, Any] = {}
+    for key, value in tree.items():
+        if (new := _filled(key, weak, path)) in found:
+            raise ConfigError(f"{path}: {WEAK} is {weak} here, and {new!r} is then given twice")
+        found[new] = _filled(value, weak, path)
+    return found
 
 
 # --- trials
