@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import NoReturn
 
 import pytest
+from tests.dashboards import prism
 
 
 def need(command: str, remedy: str) -> str:
     """The path of a program."""
     if (found := shutil.which(command)) is not None:
         return found
-    reason = f"{command} is not installed; {remedy}"
+    missing(f"{command} is not installed; {remedy}")
+
+
+def missing(reason: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -21,3 +26,11 @@ def need(command: str, remedy: str) -> str:
 def need_prometheus() -> str:
     need("promtool", "apt-get install prometheus")
     return need("prometheus", "apt-get install prometheus")
+
+
+def need_prism() -> None:
+    """Prism is fetched where there is npm; where there is none, no machine is expected to have it."""
+    if shutil.which("npm") is None or shutil.which("node") is None:
+        pytest.skip("Prism needs Node.js 18 or later: https://nodejs.org")
+    if not prism.is_installed():
+        missing("Prism is not installed; python tests/dashboards/prism.py")
