@@ -18,8 +18,8 @@ from rich.console import Console
 
 from counterpoise import storage, watch
 from counterpoise.contracts import DataError
-from counterpoise.engine.run import RunFolder
-from counterpoise.watch import Watched, curve, find_runs, overview, picture, watch_runs
+from counterpoise.engine.run import RunFolder, find_runs
+from counterpoise.watch import Watched, curve, overview, picture, watch_runs
 
 ROOT = Path(__file__).parents[1]
 

@@ -314,6 +314,12 @@ def sweep(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the sweep --name; what has finished is not run again.")
     ] = False,
+    reuse: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUNS", help="Runs, sweeps or folders of runs: what they have finished is copied. Repeatable."
+        ),
+    ] = None,
     checkpoint_every: CheckpointEvery = 60,
     address: Address = None,
     with_stopped: Annotated[
@@ -349,6 +355,7 @@ def sweep(
         runs=runs,
         name=name,
         resume=resume,
+        reuse=reuse or [],
         dry_run=dry_run,
         max_concurrent=max_concurrent,
         retries=retries,

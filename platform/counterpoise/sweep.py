@@ -38,6 +38,7 @@ from counterpoise.launch.session import SCHEDULER, Order, mark_stopped
 from counterpoise.reports.records import FUSED, read_run, series
 from counterpoise.reports.spec import parse_spec
 from counterpoise.reports.tables import Table, comparison, text_table
+from counterpoise.reuse import Reuse
 from counterpoise.start import (
     Preview,
     Settings,
@@ -494,10 +495,17 @@ class Runner:
     """Runs what is missing of a sweep, and keeps the ledger and the display."""
 
     def __init__(
-        self, asked: Asked, prepared: Prepared, ledger: Ledger, settings: Settings, retries: int, stop: StopRequest
+        self,
+        asked: Asked,
+        prepared: Prepared,
+        ledger: Ledger,
+        settings: Settings,
+        retries: int,
+        stop: StopRequest,
+        reuse: Reuse,
     ) -> None:
         self.asked, self.sweep, self.prepared, self.ledger = asked, asked.sweep, prepared, ledger
-        self.settings, self.retries, self.stop = settings, retries, stop
+        self.settings, self.retries, self.stop, self.reuse = settings, retries, stop, reuse
         self.name = ledger.content["name"]
         self.total = total_of(self.sweep)
         self.board = Board(ledger.root, self.total)
@@ -578,6 +586,7 @@ class Runner:
     def _enter(self, trial: Trial, changed: bool = False) -> dict[str, Any]:
         """The ledger's entry of a trial, with what its folder says."""
         entry = self.ledger.add(trial)
+        self._take_over(trial)
         facts = look(self.ledger.root, trial, self.prepared, changed)
         if entry["state"] == "stopped" and facts["state"] in ("interrupted", "waiting"):
             facts["state"] = "stopped"  # decided, and the command killed before the folder said so
@@ -590,6 +599,19 @@ class Runner:
         if facts["state"] == "finished" and entry["time_s"]:
             self._seconds.append(entry["time_s"])
         return entry
+
+    def _take_over(self, trial: Trial) -> None:
+        """Copy the run of a trial that is not there yet from where it has been done already."""
+        target = join(self.ledger.root, trial.name)
+        if not self.reuse or storage.exists(join(target, MANIFEST)):
+            return
+        source, refused = self.reuse.take(self._order(trial).content["manifest"], target)
+        if source:
+            self.ledger.update(trial.name, reused=storage.show(source))
+            say(f"reused      {trial.name} from {storage.show(source)}")
+        else:
+            for reason in refused:
+                say(f"not reused  {trial.name} from {reason}")
 
     def _known(self, trial: Trial) -> tuple[bool, float | None]:
         entry = self._enter(trial)
@@ -740,6 +762,10 @@ def tabulate(ledger: Ledger, sweep: Sweep, with_stopped: bool = False) -> Table:
             f"{count} {'trial was' if count == 1 else 'trials were'} stopped early by {sweep.scheduler.name}. Their "
             "points are left out (--with-stopped shows what has finished of them); their numbers are in their folders."
         )
+    if count := sum("reused" in entry for entry in ledger.entries.values()):
+        remarks.append(
+            f"{count} {'run was' if count == 1 else 'runs were'} trained elsewhere and taken over (--reuse)."
+        )
     if sweep.search.name != "grid":
         scores = {key: _mean([entry["selected"] for entry in own]) for key, own in kept.items()}
         kept = dict(sorted(kept.items(), key=lambda item: -(scores[item[0]] or 0.0)))
@@ -788,10 +814,12 @@ def run_sweep(
     out: str | None = None,
     as_json: bool = False,
     metrics: Options | None = None,
+    reuse: Sequence[str] = (),
 ) -> bool:
     """Check, run what is not there yet, print and write the results; whether no trial has failed.
 
-    asked: None with --resume goes on with what the sweep was started with. Raises ConfigError for what cannot be run,
+    asked: None with --resume goes on with what the sweep was started with. reuse: places with runs of which finished
+    ones of the same experiments are taken over. Raises ConfigError for what cannot be run,
     RefusedError for a name in use or a changed sweep, Interrupted when stopped: running trials have checkpoints then.
     """
     if name is not None:
@@ -817,6 +845,10 @@ def run_sweep(
             "cluster that has some with --address"
         )
     settings = replace(settings, workers=resources.workers, threads=resources.threads, device=device)
+    reuse = list(dict.fromkeys([*saved.get("reuse", []), *reuse]))
+    if reuse and isinstance(sweep.scheduler, Pbt):
+        raise ConfigError("--reuse takes whole runs over, and those of a population change on their way; leave it out")
+    others = Reuse(reuse)
     prepared = Prepared(asked, settings)
     trials = [] if sweep.search.name == "optuna" else plan(sweep)
     checked = trials or first_points(sweep)
@@ -850,6 +882,7 @@ def run_sweep(
         "argv": sys.argv[1:],
         "trials": [],
         **saved,
+        "reuse": reuse,
         "title": sweep.title,
         "report": sweep.report,
         "asked": asked.to_json(),
@@ -863,7 +896,7 @@ def run_sweep(
         with StopRequest(
             "stopping: every running trial writes a checkpoint; once more quits at once"
         ).installed() as stop:
-            runner = Runner(asked, prepared, ledger, settings, retries, stop)
+            runner = Runner(asked, prepared, ledger, settings, retries, stop, others)
             try:
                 runner.run(trials, max_concurrent)
             except Interrupted as error:

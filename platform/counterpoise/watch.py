@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from counterpoise import storage
 from counterpoise.contracts import DataError
-from counterpoise.engine.run import MANIFEST, RunFolder, list_runs
+from counterpoise.engine.run import RunFolder, find_runs
 from counterpoise.telemetry.display import (
     ENDINGS,
     FUSED,
@@ -78,24 +77,6 @@ class Watched:
     @property
     def ended(self) -> bool:
         return self.state.state in ENDED
-
-
-def find_runs(places: Sequence[str]) -> list[str]:
-    """URIs of the runs at some places: runs, or folders with runs up to two levels below."""
-    found: dict[str, None] = {}
-    for place in (place.rstrip("/") for place in places):
-        if storage.exists(storage.join(place, MANIFEST)):
-            found[place] = None
-            continue
-        here = [folder.uri for folder in list_runs(place)]
-        below = [storage.join(place, name) for name in storage.list_names(place) if not name.startswith(".")]
-        if storage.is_local(place):
-            below = [folder for folder in below if os.path.isdir(storage.local_path(folder))]
-        found |= dict.fromkeys(here)
-        for folder in below:
-            if folder not in found:
-                found |= dict.fromkeys(run.uri for run in list_runs(folder))
-    return list(found)
 
 
 def watch_runs(places: Sequence[str], *, once: bool = False, interval_s: float | None = None) -> None:

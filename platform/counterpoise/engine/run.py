@@ -500,6 +500,24 @@ def list_runs(root_uri: str) -> list[RunFolder]:
     return [RunFolder(uri) for uri in places if storage.exists(storage.join(uri, MANIFEST))]
 
 
+def find_runs(places: Sequence[str]) -> list[str]:
+    """URIs of the runs at some places: runs, or folders with runs up to two levels below."""
+    found: dict[str, None] = {}
+    for place in (place.rstrip("/") for place in places):
+        if storage.exists(storage.join(place, MANIFEST)):
+            found[place] = None
+            continue
+        here = [folder.uri for folder in list_runs(place)]
+        below = [storage.join(place, name) for name in storage.list_names(place) if not name.startswith(".")]
+        if storage.is_local(place):
+            below = [folder for folder in below if os.path.isdir(storage.local_path(folder))]
+        found |= dict.fromkeys(here)
+        for folder in below:
+            if folder not in found:
+                found |= dict.fromkeys(run.uri for run in list_runs(folder))
+    return list(found)
+
+
 class JsonLines:
     """A file of JSON lines that one process appends to. A line counts once its newline is written.
 
