@@ -30,8 +30,9 @@ def test_an_unfinished_run_is_read(tmp_path: Path, make_run: Make) -> None:
 
 
 def test_a_run_that_has_not_begun_is_read(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text('{"run": "a"}')
-    run = read_run(str(tmp_path))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "run.json").write_text('{"run": "where it was before"}')
+    run = read_run(str(tmp_path / "a"))
     assert (run.name, run.epochs, run.modalities) == ("a", [], ())
 
 

@@ -44,7 +44,8 @@ class RunData:
 
     @property
     def name(self) -> str:
-        return str(self._first("run") or self.manifest.get("name") or self.uri.rstrip("/").rsplit("/", 1)[-1])
+        """Of its folder, where it is found; a copied one has another in its records."""
+        return self.uri.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def method(self) -> str:
