@@ -137,6 +137,16 @@ def _decisions(board: dashboard.Dashboard) -> dashboard.Dashboard:
     )
 
 
+def _weights() -> str:
+    """Of the second classifiers, and of the later ones that differ: where all share a weight, one line says it."""
+
+    def those(which: str) -> str:
+        return max_by(of("classifier_weight", which, selector=MODALITIES), "modality", "classifier")
+
+    second, later = those('classifier="2"'), those('classifier!~"1|2"')
+    return f"{second} or ({later} != on ({KEYS}, modality) group_left () {second})"
+
+
 def imbalance() -> dashboard.Dashboard:
     board = _board(
         IMBALANCE,
@@ -357,17 +367,10 @@ def imbalance() -> dashboard.Dashboard:
                     (
                         line(
                             "Weights of classifiers",
-                            "What the second and later classifiers count in their modality's prediction; the first "
-                            "counts 1. AUG has one weight for them all, fixed or learned, gradient boosting one for "
-                            "each. Bad: near 0 for long, then added classifiers change nothing.",
-                            query(
-                                max_by(
-                                    of("classifier_weight", 'classifier!="1"', selector=MODALITIES),
-                                    "modality",
-                                    "classifier",
-                                ),
-                                "{{run}} {{modality}} {{classifier}}",
-                            ),
+                            "What added classifiers count in their modality's prediction. The first counts 1; those "
+                            "that count as much as the second are not drawn. AUG has one weight for them all, fixed or "
+                            "learned, gradient boosting one for each. Bad: near 0 for long, then they change nothing.",
+                            query(_weights(), "{{run}} {{modality}} {{classifier}}"),
                             low=0,
                             none="no method here has any",
                         ),
