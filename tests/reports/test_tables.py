@@ -166,7 +166,7 @@ def test_enough_seeds_need_no_excuse_and_very_many_are_drawn() -> None:
 
 
 def test_a_method_without_a_finished_run_keeps_its_row() -> None:
-    lost = RunData("runs/late-0", manifest={"run": "late-seed0"}, status={"state": "failed", "error": "no\nmore"})
+    lost = RunData("runs/late-seed0", status={"state": "failed", "error": "no\nmore"})
     joint = [run("joint", seed, 0.6, 0.55, 0.3) for seed in (0, 1)]
     table = compared({"joint": joint, "late": [lost], "aug": []}, "joint")
     assert [(row.label, len(row.finished), row.corpus) for row in table.rows] == [
