@@ -9,6 +9,8 @@ from typing import NoReturn
 import pytest
 from tests.dashboards import prism
 
+from counterpoise.dashboards import preview
+
 
 def need(command: str, remedy: str) -> str:
     """The path of a program."""
@@ -34,3 +36,13 @@ def need_prism() -> None:
         pytest.skip("Prism needs Node.js 18 or later: https://nodejs.org")
     if not prism.is_installed():
         missing("Prism is not installed; python tests/dashboards/prism.py")
+
+
+def need_preview() -> None:
+    """As Prism; and Chromium."""
+    if shutil.which("npm") is None or shutil.which("node") is None:
+        pytest.skip("the preview needs Node.js 18 or later: https://nodejs.org")
+    if not preview.is_built():
+        missing("the drawing code is not built; counterpoise dashboards preview --install")
+    if not any(map(shutil.which, preview.BROWSERS)):
+        missing("no Chromium or Chrome is installed; apt-get install chromium")

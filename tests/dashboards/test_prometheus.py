@@ -20,7 +20,7 @@ import pytest
 import yaml
 from tests.cases import SMALL
 from tests.conftest import Run, new_folder, settings
-from tests.dashboards.needs import need, need_prometheus
+from tests.dashboards.needs import need_preview, need_prometheus
 
 from counterpoise.config import resolve
 from counterpoise.contracts import ConfigError, NonFiniteLossError, ResourceError
@@ -307,11 +307,10 @@ def test_grafana_where_it_is_installed_gets_our_files_and_no_password(
 @pytest.mark.timeout(600)
 def test_a_preview_has_panels_without_errors(prometheus: tuple[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(files, "root", lambda: ROOT)
-    if not preview.is_built():
-        pytest.skip("the drawing code is not built; counterpoise dashboards preview --install")
-    need("node", "the preview is drawn by Node.js and Chromium")
-    (sweep, training) = preview.preview(prometheus[0], str(tmp_path / "out"), boards=["sweep", "training"], range_s=60)
-    assert sweep.errors == training.errors == []
+    need_preview()
+    drawn = preview.preview(prometheus[0], str(tmp_path / "out"), range_s=60)
+    assert [picture.errors for picture in drawn] == [[], [], []]
+    _, sweep, training = sorted(drawn, key=lambda picture: picture.file)
     assert (sweep.panels, training.panels) == (12, 31)
     assert Path(training.file).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not {"Scrape targets", "CPU busy", "GPU busy", "CPU of Ray's nodes"} & set(training.empty)
