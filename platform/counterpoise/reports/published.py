@@ -105,8 +105,7 @@ def chosen_tables(names: Sequence[str] | None) -> dict[str, PrintedTable]:
 def corpus_of(runs: Sequence[RunData]) -> str | None:
     """The corpus of papers that these runs are of: by the last part of its place, and its number of classes."""
     for run in runs:
-        place = str(run._first("corpus", "")).rstrip("/").removesuffix("/corpus.yaml")
-        name, classes = place.rsplit("/", 1)[-1], len(run.start.get("classes") or ())
+        name, classes = run.corpus_name, len(run.start.get("classes") or ())
         if classes and name in library().corpora:
             return name if library().corpora[name].classes == classes else None
     return None

@@ -53,9 +53,13 @@ class RunData:
 
     @property
     def corpus(self) -> str:
-        """Name or place of the corpus, with the protocol: numbers of two protocols do not compare."""
-        protocol = self.protocol
-        return str(self._first("corpus", "?")) + (f" ({protocol})" if protocol else "")
+        """Name of the corpus with the protocol: numbers of two protocols do not compare."""
+        return f"{self.corpus_name} ({self.protocol})" if self.protocol else self.corpus_name
+
+    @property
+    def corpus_name(self) -> str:
+        """Of a corpus given by its place, that of its folder."""
+        return str(self._first("corpus", "?")).removesuffix("/corpus.yaml").rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def protocol(self) -> str | None:
