@@ -135,6 +135,40 @@ def test_spectrograms_are_those_of_plain_double_precision(mel):
     assert found.flags["C_CONTIGUOUS"]
 
 
+@pytest.mark.parametrize(("size", "hop"), [(2, 1), (3, 2), (7, 7), (255, 100), (1000, 333), (40_000, 9000)])
+def test_windows_of_any_size_are_transformed(size, hop):
+    settings = cards.AudioPreprocess(n_fft=size, hop_length=hop)
+    wave = (0.1 * RNG.standard_normal(settings.num_samples)).astype(np.float32)
+    half = size // 2
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
+    padded = np.pad(wave.astype(np.float64), half, mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
+    found = np.exp(spectrogram(wave, settings)[0].astype(np.float64))
+    assert found.shape == settings.shape[1:] == (half + 1, len(frames))
+    assert np.allclose(found, np.abs(np.fft.rfft(window * frames)).T + 1e-7, rtol=1e-5, atol=2e-6 * np.sqrt(size))
+
+
+def test_a_sample_decoded_into_a_batch_is_the_sample_alone():
+    """Whatever the thread decoded before: it uses some memory again."""
+    modalities = {"a": AUDIO, "i": IMAGE, "f": FRAMES, "t": TEXT, "v": VECTOR, "s": SERIES}
+    mel = AUDIO.model_copy(update={"preprocess": AUDIO.preprocess.model_copy(update={"mel": 10})})
+    other = AUDIO.model_copy(update={"preprocess": cards.AudioPreprocess(sample_rate=8000, n_fft=100, seconds=0.5)})
+    decoder = Decoder(modalities | {"mel": mel}, {"v": Stats((3,))})
+    loud = wav_bytes(np.full(900, 0.99))
+    cells = {"i": JPEG, "f": [JPEG, PNG], "t": "some words", "v": [1.0, 2.0, 3.0], "s": np.arange(6.0)}
+    rows = [cells | {"a": sound, "mel": sound} for sound in (loud, WAV, wav_bytes(WAVE[:100]))]
+    batch = decoder.room(len(rows))
+    for array in batch.values():
+        array[...] = 77
+    for place, row in enumerate(rows):
+        decode_cell(loud, other)
+        decoder(row, {name: array[place] for name, array in batch.items()})
+    for place, row in enumerate(rows):
+        for name, alone in decoder(row).items():
+            assert alone.dtype == batch[name].dtype and np.array_equal(batch[name][place], alone)
+            assert alone.flags["C_CONTIGUOUS"] and alone.flags["WRITEABLE"]
+
+
 def density_by_hand(wave, rate, size, hop):
     """Power per Hz of windows within the clip, each less its mean, with a Tukey window of which a quarter tapers."""
     at = np.minimum(np.arange(size), size - np.arange(size)) / (0.125 * size)

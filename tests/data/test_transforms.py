@@ -52,6 +52,40 @@ def test_a_shift_moves_in_zeros():
     assert not shifted[:, 0].any() and not shifted[:, :, -2:].any()
 
 
+def test_a_resized_crop_is_the_bilinear_picture_of_the_part():
+    class Fixed:
+        def uniform(self, low, high):
+            return {0.25: 0.25}.get(low, 0.0)  # a quarter of the area, as wide as it is high
+
+        def integers(self, low, high):
+            return 1
+
+    picture = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8), dtype=np.uint8)
+    cut = transforms.resized_crop(picture, ops.ResizedCrop(scale=(0.25, 1.0)), Fixed())
+    at = np.clip((np.arange(8) + 0.5) / 2 - 0.5, 0, 3)  # centres of the new pixels in the part of 4 x 4
+    near = np.minimum(at.astype(int), 2)
+    weights = np.zeros((8, 4))
+    weights[np.arange(8), near], weights[np.arange(8), near + 1] = 1 - (at - near), at - near
+    exact = weights @ picture[..., 1:5, 1:5].astype(np.float64) @ weights.T
+    assert np.abs(cut - exact).max() < 1
+    mirrored = transforms.resized_crop(picture[..., ::-1], ops.ResizedCrop(scale=(0.25, 1.0)), Fixed())
+    assert np.abs(mirrored - weights @ picture[..., 1:5, 6:2:-1].astype(np.float64) @ weights.T).max() < 1
+
+
+@pytest.mark.parametrize(("size", "batch"), [((3, 5), 4), ((200, 301), 5), ((400, 500), 2)])
+@pytest.mark.parametrize("each", [True, False], ids=["per channel", "one for all"])
+def test_pixels_are_scaled_and_normalised(size, batch, each):
+    mean, std = ((0.5, 0.25, 0.4), (0.2, 0.3, 0.5)) if each else ((0.5,), (0.2,))
+    settings = cards.FramesPreprocess(size=size, channels=3, num_frames=2, mean=mean, std=std)
+    modality = cards.FramesModality(kind="frames", column="f", preprocess=settings)
+    pixels = np.random.default_rng(0).integers(0, 256, (batch, 2, 3, *size), dtype=np.uint8)
+    found = transforms.to_tensor(pixels, modality)
+    shape = (-1, 1, 1)
+    exact = (pixels / 255 - np.reshape(mean, shape)) / np.reshape(std, shape)
+    assert found.shape == pixels.shape and found.is_contiguous() and str(found.dtype) == "torch.float32"
+    assert np.abs(found.numpy() - exact).max() < 1e-6
+
+
 def test_all_frames_are_changed_alike():
     frames = np.stack([IMAGE, IMAGE])
     for op in (ops.Shift(), ops.ResizedCrop(), ops.Flip()):

@@ -87,7 +87,8 @@ class AudioPreprocess(_Model):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        inside = self.num_samples - (self.n_fft if self.spectrum == "density" else 0)
+        # half a window, rounded down, is reflected at both ends: a window of an odd size has one sample less room
+        inside = self.num_samples - (self.n_fft if self.spectrum == "density" else self.n_fft % 2)
         return (1, self.mel or self.n_fft // 2 + 1, 1 + inside // self.hop_length)
 
 

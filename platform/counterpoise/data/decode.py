@@ -11,6 +11,7 @@ import io
 import math
 import re
 import struct
+import threading
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,15 +77,24 @@ class Decoder:
     modalities: dict[str, AnyModality]
     stats: dict[str, Stats]
 
-    def __call__(self, cells: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Compact arrays of one row; RowError if any modality cannot be decoded."""
+    def __call__(self, cells: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Compact arrays of one row, written into `out` where it is given; RowError if any modality cannot be decoded,
+        and then `out` may be half written."""
         result = {}
         for name, modality in self.modalities.items():
+            place = None if out is None else out[name]
             try:
-                result[name] = decode_cell(cells[name], modality, self.stats.get(name))
+                result[name] = decode_cell(cells[name], modality, self.stats.get(name), place)
             except DecodeError as error:
                 raise RowError(name, str(error)) from None
         return result
+
+    def room(self, rows: int) -> dict[str, np.ndarray]:
+        """Arrays [rows, ...] to decode into, uninitialised."""
+        return {
+            name: np.empty((rows, *input_spec(modality, self.stats.get(name)).shape), compact_dtype(modality))
+            for name, modality in self.modalities.items()
+        }
 
 
 def input_spec(modality: AnyModality, stats: Stats | None = None) -> InputSpec:
@@ -103,15 +113,30 @@ def compact_dtype(modality: AnyModality) -> np.dtype:
     return np.dtype({"image": np.uint8, "frames": np.uint8, "text": np.int32}.get(modality.kind, np.float32))
 
 
-def decode_cell(value: Any, modality: AnyModality, stats: Stats | None = None) -> np.ndarray:
-    """The compact array of one cell; DecodeError if it is missing, damaged, or not what the card says."""
+def decode_cell(
+    value: Any, modality: AnyModality, stats: Stats | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """The compact array of one cell, in `out` if it is given; DecodeError if the cell is missing, damaged, or not what
+    the card says."""
     if value is None:
         raise DecodeError("missing")
+    if isinstance(modality, AudioModality):
+        settings = modality.preprocess
+        wave = _waveform(_media(value), modality.encoding, settings)
+        return spectrogram(wave, settings, out, samples=settings.num_samples)
+    array = _compact(value, modality, stats, out)
+    if out is None:
+        return np.require(array, requirements=["C", "W"])
+    assert out.shape == array.shape, f"{modality.kind} of shape {array.shape}, not {out.shape}"
+    if array is not out:
+        out[...] = array
+    return out
+
+
+def _compact(value: Any, modality: AnyModality, stats: Stats | None, out: np.ndarray | None) -> np.ndarray:
     match modality:
-        case AudioModality():
-            return spectrogram(_waveform(_media(value), modality.encoding, modality.preprocess), modality.preprocess)
         case FramesModality():
-            return _frames(value, modality)
+            return _frames(value, modality, out)
         case ImageModality():
             return _image(_media(value), modality.encoding, modality.preprocess)
         case TextModality():
@@ -127,6 +152,8 @@ def decode_cell(value: Any, modality: AnyModality, stats: Stats | None = None) -
             if len(array) != frames * channels:
                 raise DecodeError(f"{len(array)} numbers instead of {frames} x {channels}")
             return _standardized(array.reshape(frames, channels), stats)
+        case _:
+            raise AssertionError(modality.kind)
 
 
 def _media(value: Any) -> bytes:
@@ -160,6 +187,7 @@ def check_wav(data: bytes) -> None:
 
 
 def _waveform(data: bytes, encoding: str | None, settings: AudioPreprocess) -> np.ndarray:
+    """The samples of a file at the card's rate, no more of them than the card wants, but perhaps fewer."""
     import soundfile
 
     magic = {b"RIFF": "wav", b"RF64": "wav", b"fLaC": "flac", b"OggS": "ogg"}.get(data[:4])
@@ -183,12 +211,8 @@ def _waveform(data: bytes, encoding: str | None, settings: AudioPreprocess) -> n
         raise DecodeError(f"cut short: {len(wave)} of {promised} samples")
     if not np.isfinite(wave).all():
         raise DecodeError("NaN or infinite samples")
-    wave = resampled(wave, rate, settings.sample_rate)
-    wanted = settings.num_samples
-    if len(wave) < wanted:
-        wave = np.resize(wave, wanted) if settings.fill == "tile" else np.pad(wave, (0, wanted - len(wave)))
-    wave = wave[:wanted]
-    return np.clip(wave, -1.0, 1.0) if settings.clip else wave
+    wave = resampled(wave, rate, settings.sample_rate)[: settings.num_samples]
+    return np.clip(wave, -1.0, 1.0, out=wave) if settings.clip else wave
 
 
 def resampled(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
@@ -224,9 +248,54 @@ def _sparse_mel_filters(num_bins: int, num_bands: int, sample_rate: int) -> Any:
     return csr_array(mel_filters(num_bins, num_bands, sample_rate))
 
 
-def spectrogram(wave: np.ndarray, settings: AudioPreprocess) -> np.ndarray:
-    """log(spectrum + floor), or log of mel bands of the spectrum, scaled as the card says; float32 [1, F, T]."""
-    result = _density(wave, settings) if settings.spectrum == "density" else _magnitude(wave, settings)
+class _Scratch(threading.local):
+    """Arrays that a thread uses again for one sample after the other. Memory that is asked for anew has to be mapped
+    page by page, which takes longer than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def __call__(self, name: str, *shape: int) -> np.ndarray:
+        """Float32 of a shape: zeros, or what the thread left there under that name."""
+        array = self._arrays.get(name)
+        if array is None or array.shape != shape:
+            array = self._arrays[name] = np.zeros(shape, np.float32)
+        return array
+
+
+_scratch = _Scratch()
+
+
+def _filled(wave: np.ndarray, samples: int, fill: str, edge: int) -> np.ndarray:
+    """A waveform repeated or followed by silence, reflected by `edge` samples at both ends; the thread's own memory,
+    which the next call takes again."""
+    padded = _scratch("padded", samples + 2 * edge)
+    clip = padded[edge : edge + samples]
+    there = min(len(wave), samples)
+    clip[:there] = wave[:there]
+    if fill == "zero":
+        clip[there:] = 0
+    while there < samples and fill == "tile":  # whole periods, twice as many each time
+        more = min(there, samples - there)
+        clip[there : there + more] = clip[:more]
+        there += more
+    if edge:
+        padded[:edge] = clip[edge:0:-1]
+        padded[edge + samples :] = clip[-2 : -2 - edge : -1]
+    return padded
+
+
+def spectrogram(
+    wave: np.ndarray, settings: AudioPreprocess, out: np.ndarray | None = None, *, samples: int | None = None
+) -> np.ndarray:
+    """log(spectrum + floor), or log of mel bands of the spectrum, scaled as the card says; float32 [1, F, T], in `out`
+    if it is given. samples: what a shorter waveform is repeated or padded to, as the card says."""
+    samples = len(wave) if samples is None else samples
+    if settings.spectrum == "density":
+        result = _density(_filled(wave, samples, settings.fill, 0), settings)
+    else:
+        padded = _filled(wave, samples, settings.fill, settings.n_fft // 2)
+        result = _magnitude(padded, settings, None if out is None or settings.mel else out[0])
     if settings.mel:
         result = _sparse_mel_filters(len(result), settings.mel, settings.sample_rate) @ result
     result += np.float32(settings.log_floor)
@@ -237,21 +306,50 @@ def spectrogram(wave: np.ndarray, settings: AudioPreprocess) -> np.ndarray:
     elif settings.mean != 0 or settings.std != 1:
         result -= np.float32(settings.mean)
         result /= np.float32(settings.std)
-    # contiguous here, where a sample fits into the cache, and not when a whole batch of them is copied
-    return np.ascontiguousarray(result, dtype=np.float32)[None]
+    if out is None:
+        return np.ascontiguousarray(result, dtype=np.float32)[None]
+    if settings.mel or settings.spectrum == "density":
+        assert out.shape == (1, *result.shape), f"a spectrogram of shape {result.shape}, not {out.shape[1:]}"
+        out[0] = result
+    return out
 
 
-def _magnitude(wave: np.ndarray, settings: AudioPreprocess) -> np.ndarray:
-    """|STFT| [F, T] with a Hann window, the clip reflected by half a window at both ends."""
-    # scipy's transform rather than torch.stft: several decoding threads would each start torch's own. And rather than
-    # numpy's, which takes four times as long and is no closer to the float64 result.
-    from scipy.fft import rfft
+_BLOCK = 2**16  # numbers of windows that are transformed at once
+
+
+@functools.lru_cache(maxsize=8)
+def _hann_rows(size: int) -> np.ndarray:
+    """Periodic Hann windows of a block, float32 [windows, 2 * bins]: a zero before each, and behind it if need be."""
+    rows = np.zeros((max(1, _BLOCK // size), 2 * (size // 2 + 1)), np.float32)
+    rows[:, 1 : 1 + size] = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
+    rows.setflags(write=False)
+    return rows
+
+
+def _magnitude(padded: np.ndarray, settings: AudioPreprocess, out: np.ndarray | None) -> np.ndarray:
+    """|STFT| [F, T] with a Hann window, of a clip that is reflected by half a window at both ends; in `out` if it is
+    given, which must be contiguous."""
+    # OpenCV's transform: scipy's takes four times as long, and torch's would have every decoding thread start a team
+    # of threads. So would OpenCV for more numbers than a block has; and a block stays in the processor's cache.
+    import cv2
 
     size = settings.n_fft
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)  # Hann, periodic
-    padded = np.pad(wave, size // 2, mode="reflect")
-    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[:: settings.hop_length]
-    return np.abs(rfft(frames * window.astype(np.float32))).T
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size)[:: settings.hop_length]
+    hann, bins, count = _hann_rows(size), size // 2 + 1, len(windows)
+    result = np.empty((bins, count), np.float32) if out is None else out
+    assert result.shape == (bins, count), f"a spectrum of shape {(bins, count)}, not {result.shape}"
+    # A row of the transform is Re 0, Re 1, Im 1, Re 2, Im 2, ..., and of an even size Re n/2. With a zero before it,
+    # and one behind if it is even, it is complex numbers with the right magnitudes.
+    packed, magnitude = _scratch("packed", *hann.shape), _scratch("magnitude", count, bins)
+    rows, numbers = packed[:, 1 : 1 + size], packed.view(np.complex64)
+    for start in range(0, count, len(hann)):
+        n = min(len(hann), count - start)
+        rows[:n] = windows[start : start + n]
+        np.multiply(packed[:n], hann[:n], out=packed[:n])  # whole rows: much faster than what is strided
+        cv2.dft(rows[:n], rows[:n], flags=cv2.DFT_ROWS)
+        np.abs(numbers[:n], out=magnitude[start : start + n])
+    cv2.transpose(magnitude, result)
+    return result
 
 
 def _density(wave: np.ndarray, settings: AudioPreprocess) -> np.ndarray:
@@ -290,16 +388,18 @@ def _image(data: bytes, encoding: str | None, settings: ImagePreprocess) -> np.n
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             elif image.mode == "P":
                 image = image.convert("RGBA")
-            image = image.convert("L" if settings.channels == 1 else "RGB")
+            wanted = "L" if settings.channels == 1 else "RGB"
+            if image.mode != wanted:
+                image = image.convert(wanted)
             if image.size != (settings.size[1], settings.size[0]):
                 image = image.resize((settings.size[1], settings.size[0]), Image.Resampling.BILINEAR)
-            pixels = np.array(image, dtype=np.uint8)
+            pixels = np.asarray(image, dtype=np.uint8)
     except (
         OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
         Image.DecompressionBombError, Image.DecompressionBombWarning,
     ) as error:  # fmt: skip
         raise DecodeError(f"not decodable: {' '.join(str(error).split())}") from None
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1)[: settings.channels])
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)[: settings.channels]
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -307,22 +407,22 @@ def _check_pixels(width: int, height: int) -> None:
         raise DecodeError(f"{width} x {height} pixels; at most {MAX_PIXELS // 1_000_000} million are read")
 
 
-def _frames(value: Any, modality: FramesModality) -> np.ndarray:
+def _frames(value: Any, modality: FramesModality, out: np.ndarray | None) -> np.ndarray:
     if not isinstance(value, list | tuple | np.ndarray):
         raise DecodeError(f"{type(value).__name__} instead of a list of encoded images")
     if not 0 < len(value) <= MAX_FRAMES:
         raise DecodeError(f"{len(value)} frames" if len(value) else "no frames")
     settings = modality.preprocess
     chosen = np.linspace(0, len(value) - 1, settings.num_frames).round().astype(int)
-    images = {}
+    result = np.empty(settings.shape, np.uint8) if out is None else out
     for i in sorted(set(chosen.tolist())):
         try:
             if value[i] is None:
                 raise DecodeError("missing")
-            images[i] = _image(_media(value[i]), modality.encoding, settings)
+            result[chosen == i] = _image(_media(value[i]), modality.encoding, settings)
         except DecodeError as error:
             raise DecodeError(f"frame {i}: {error}") from None
-    return np.stack([images[i] for i in chosen.tolist()])
+    return result
 
 
 # Text and numbers

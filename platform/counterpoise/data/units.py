@@ -5,9 +5,10 @@ Everything here can run in another process: arguments and results are plain data
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,9 +176,11 @@ class Decoded:
     skipped: list[tuple[int, str, str]]
 
 
-def _decode_row(raw: RawRows, decoder: Decoder, row: int) -> dict[str, np.ndarray] | RowError:
+def _decode_row(raw: RawRows, decoder: Decoder, row: int, out: Mapping[str, np.ndarray]) -> RowError | None:
+    """Decode a row into its place."""
     try:
-        return decoder(raw.cells(row))
+        decoder(raw.cells(row), out)
+        return None
     except RowError as error:
         return error
 
@@ -188,12 +191,11 @@ def decode_unit(unit: Unit, raw: RawRows, decoder: Decoder, pool: Executor | Non
     bad: dict[int, RowError] = {}
     for piece in unit.pieces:
         rows = unit.order[piece.start : piece.stop].tolist()
-        if pool is None:
-            results = [_decode_row(raw, decoder, row) for row in rows]
-        else:
-            results = list(pool.map(lambda row: _decode_row(raw, decoder, row), rows))
+        arrays = decoder.room(len(rows))
+        places = [{name: array[i] for name, array in arrays.items()} for i in range(len(rows))]
+        errors = (map if pool is None else pool.map)(functools.partial(_decode_row, raw, decoder), rows, places)
         taken: list[int] = []
-        good: list[dict[str, np.ndarray]] = []
+        good: list[int] = []
         skipped: list[tuple[int, str, str]] = []
 
         def note(row: int, error: RowError, skipped: list[tuple[int, str, str]] = skipped) -> None:
@@ -201,29 +203,37 @@ def decode_unit(unit: Unit, raw: RawRows, decoder: Decoder, pool: Executor | Non
                 bad[row] = error
                 skipped.append((row, error.modality, error.reason))
 
-        for offset, (row, result) in enumerate(zip(rows, results, strict=True)):
-            if isinstance(result, RowError):
-                note(row, result)
+        for offset, (row, error) in enumerate(zip(rows, list(errors), strict=True)):
+            if error is not None:
+                note(row, error)
                 if unit.epoch is None:
                     continue
-                row, result = _replacement(unit, piece.start + offset, raw, decoder, bad, note)
+                row = _replacement(unit, piece.start + offset, raw, decoder, bad, note, places[offset])
             taken.append(row)
-            good.append(result)
-        arrays = {name: np.stack([g[name] for g in good]) for name in decoder.modalities} if good else {}
+            good.append(offset)
+        if len(good) < len(rows):
+            arrays = {name: array[good] for name, array in arrays.items()} if good else {}
         raw.release(rows)
         yield Decoded(piece.batch, np.array(taken, dtype=np.int64), arrays, skipped)
 
 
 def _replacement(
-    unit: Unit, position: int, raw: RawRows, decoder: Decoder, bad: dict[int, RowError], note: Any
-) -> tuple[int, dict[str, np.ndarray]]:
+    unit: Unit,
+    position: int,
+    raw: RawRows,
+    decoder: Decoder,
+    bad: dict[int, RowError],
+    note: Callable[[int, RowError], None],
+    out: Mapping[str, np.ndarray],
+) -> int:
+    """The next row in the window's order that can be decoded, decoded into `out`."""
     for step in range(1, len(unit.order)):
         row = int(unit.order[(position + step) % len(unit.order)])
         if row not in bad:
-            result = _decode_row(raw, decoder, row)
-            if not isinstance(result, RowError):
-                return row, result
-            note(row, result)
+            error = _decode_row(raw, decoder, row, out)
+            if error is None:
+                return row
+            note(row, error)
     raise all_bad(raw.index, unit, next(iter(bad.values())))
 
 
