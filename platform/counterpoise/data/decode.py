@@ -290,6 +290,8 @@ def spectrogram(
 ) -> np.ndarray:
     """log(spectrum + floor), or log of mel bands of the spectrum, scaled as the card says; float32 [1, F, T], in `out`
     if it is given. samples: what a shorter waveform is repeated or padded to, as the card says."""
+    import cv2
+
     samples = len(wave) if samples is None else samples
     if settings.spectrum == "density":
         result = _density(_filled(wave, samples, settings.fill, 0), settings)
@@ -298,8 +300,9 @@ def spectrogram(
         result = _magnitude(padded, settings, None if out is None or settings.mel else out[0])
     if settings.mel:
         result = _sparse_mel_filters(len(result), settings.mel, settings.sample_rate) @ result
+    result = np.ascontiguousarray(result, dtype=np.float32)
     result += np.float32(settings.log_floor)
-    np.log(result, out=result)
+    cv2.log(result, result)  # as near as numpy's, in half its time
     if settings.standardize:
         result -= result.mean(dtype=np.float64)
         result /= np.sqrt(np.square(result, dtype=np.float64).mean()) + 1e-9  # silence stays zero
@@ -307,7 +310,7 @@ def spectrogram(
         result -= np.float32(settings.mean)
         result /= np.float32(settings.std)
     if out is None:
-        return np.ascontiguousarray(result, dtype=np.float32)[None]
+        return result[None]
     if settings.mel or settings.spectrum == "density":
         assert out.shape == (1, *result.shape), f"a spectrogram of shape {result.shape}, not {out.shape[1:]}"
         out[0] = result
