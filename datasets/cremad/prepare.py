@@ -32,13 +32,13 @@ def listing(
     sound: str = "AudioWAV",
     video: str = "VideoFlash",
     per_second: float = 1.0,
-    size: int = 256,
+    size: int = 224,
 ) -> Listing:
     """Rows of the given lists or, without lists, of all clips that are there.
 
     train, test, valid: lists, below the raw folder, absolute or s3://. split, test_fraction, seed: without lists, what
     goes to test: whole `speakers`, or `clips` of every emotion. sound, video: folders. per_second: frames that are
-    kept. size: shorter side in pixels, 0 keeps it.
+    kept. size: height and width of the stored frames in pixels, 0 keeps them as they are.
     """
     one_of("split", split, ("speakers", "clips"))
     if not 0 < test_fraction < 1 or per_second <= 0:
@@ -63,10 +63,10 @@ def listing(
     rows = []
     for clip, part in chosen.items():
         speaker, sentence, emotion, level = CLIP.fullmatch(clip).groups()  # type: ignore[union-attr]
-        media = {
-            "audio": Sound(f"{sound}/{clip}.wav", RATE),
-            "frames": Video(f"{video}/{clip}.flv", per_second=per_second, most=MOST_FRAMES, size=size or None),
-        }
+        frames = Video(
+            f"{video}/{clip}.flv", per_second=per_second, most=MOST_FRAMES, size=(size, size) if size else None
+        )
+        media = {"audio": Sound(f"{sound}/{clip}.wav", RATE), "frames": frames}
         rows.append(RawRow(clip, part, emotion, media, {"speaker": speaker, "sentence": sentence, "level": level}))
     return Listing(rows, left, expected, notes)
 
