@@ -51,7 +51,9 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_finished_runs_of_the_same_experiment_are_copied_and_named(
     done: Path, tmp_path: Path, sweep: Callable[..., bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sweep(reuse=[str(done / "runs")])
+    shutil.copytree(done / "runs", tmp_path / "elsewhere")
+    assert sweep(reuse=[str(done / "runs"), str(tmp_path / "elsewhere")])
+    shutil.rmtree(tmp_path / "elsewhere")
     saved = json.loads((tmp_path / "two" / "sweep.json").read_text())
     for seed, trial in enumerate(saved["trials"]):
         source = done / "runs" / f"first{seed}"
@@ -61,7 +63,8 @@ def test_finished_runs_of_the_same_experiment_are_copied_and_named(
     out, err = capsys.readouterr()
     assert "2 runs were trained elsewhere and taken over" in out
     assert f"reused      {saved['trials'][0]['name']} from {done / 'runs' / 'first0'}" in err
-    assert sweep(resume=True), "nothing is asked or copied again"
+    assert sweep(resume=True), "nothing is copied again, and a place that is gone is not missed"
+    assert "reused" not in capsys.readouterr().err
 
 
 def test_a_run_that_is_not_the_same_is_not_taken(

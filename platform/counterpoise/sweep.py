@@ -33,7 +33,7 @@ from counterpoise.contracts import ConfigError, Interrupted, RefusedError, Resou
 from counterpoise.data.plan import generator
 from counterpoise.engine.exploit import exploit
 from counterpoise.engine.job import chosen_device
-from counterpoise.engine.run import EXPERIMENT, MANIFEST, RunFolder, check_name, redact
+from counterpoise.engine.run import EXPERIMENT, MANIFEST, RunFolder, check_name, find_runs, redact
 from counterpoise.launch.session import SCHEDULER, Order, mark_stopped
 from counterpoise.reports.records import FUSED, read_run, series
 from counterpoise.reports.spec import parse_spec
@@ -845,7 +845,8 @@ def run_sweep(
             "cluster that has some with --address"
         )
     settings = replace(settings, workers=resources.workers, threads=resources.threads, device=device)
-    reuse = list(dict.fromkeys([*saved.get("reuse", []), *reuse]))
+    earlier = [place for place in saved.get("reuse", []) if find_runs([place])]  # what is gone is not needed again
+    reuse = list(dict.fromkeys([*earlier, *reuse]))
     if reuse and isinstance(sweep.scheduler, Pbt):
         raise ConfigError("--reuse takes whole runs over, and those of a population change on their way; leave it out")
     others = Reuse(reuse)
