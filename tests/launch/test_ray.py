@@ -329,22 +329,25 @@ def record(block):
 for number in range(2):
     with cluster(workers=1, tasks=1) as own:
         import ray.data
+        others = iter(ray.data.range(30, override_num_blocks=30).map(lambda row: time.sleep(0.1) or row).iter_rows())
+        next(others)
         rows = ray.data.from_items(list(range(50)), override_num_blocks=50)
         parts = lambda: rows.map_batches(record, batch_size=None, batch_format="pyarrow")
         with closing(arrivals(parts)) as found:
             first = next(item for item in found if item)
-        print(number, own.cpus, first)
+        print(number, own.cpus, first, 1 + len(list(others)))
 time.sleep(4)
 print(ray.is_initialized(), [t.name for t in threading.enumerate() if t.name.startswith(("ray", "Stream", "iter"))])
 """
 
 
 def test_a_process_can_have_one_cluster_after_another() -> None:
-    """Ray keeps the token of the first, so the second must have the same. What was left before its end is over."""
+    """Ray keeps the token of the first, so the second must have the same. What was left before its end is over,
+    what somebody else executes is not."""
     package = Path(__file__).resolve().parents[2] / "platform"
     # A request to a cluster that is no more ends a process after a minute; here after a second.
     environment = {**os.environ, "PYTHONPATH": str(package), "RAY_gcs_rpc_server_reconnect_timeout_s": "1"}
     command = [sys.executable, "-c", TWO_CLUSTERS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["0", "2.0", "made", "1", "2.0", "made", "False", "[]"]
+    assert done.stdout.split() == ["0", "2.0", "made", "30", "1", "2.0", "made", "30", "False", "[]"]

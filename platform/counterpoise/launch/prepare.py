@@ -21,7 +21,7 @@ from counterpoise.contracts import CounterpoiseError, ResourceError
 from counterpoise.data.ingest import Part, Readers, Record, RunParts, Work, make_part
 from counterpoise.data.media import Limits
 from counterpoise.launch.cluster import cluster
-from counterpoise.launch.pipelines import THREAD, end_pipelines
+from counterpoise.launch.pipelines import THREAD, end_pipelines, pipelines
 
 _POLL_S = 0.1
 _STALL_S = 60.0  # nothing came for so long: look whether the cluster has room for a task at all
@@ -63,6 +63,7 @@ def arrivals(dataset: Callable[[], Any]) -> Generator[Any, None, None]:
     import ray
 
     arrived: queue.Queue[Any] = queue.Queue()
+    others = pipelines()
     threading.Thread(target=_collect, args=(dataset, arrived), name=THREAD, daemon=True).start()
     try:
         waited = time.monotonic()
@@ -82,7 +83,7 @@ def arrivals(dataset: Callable[[], Any]) -> Generator[Any, None, None]:
                 raise item
             yield item
     finally:
-        end_pipelines()
+        end_pipelines(spared=others)
 
 
 def _collect(dataset: Callable[[], Any], arrived: queue.Queue[Any]) -> None:
