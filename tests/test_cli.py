@@ -118,7 +118,7 @@ def test_a_finished_run_is_not_resumed(place: Path, trained: Path, command: Comm
 
 
 def test_a_change_on_resume_is_refused_then_allowed(
-    place: Path, corpus: str, command: Command, run_experiment: Callable[..., Done]
+    place: Path, trained: Path, command: Command, run_experiment: Callable[..., Done]
 ) -> None:
     content = yaml.safe_load((place / "small.yaml").read_text())
     experiment, provenance = resolve(content)
@@ -127,7 +127,7 @@ def test_a_change_on_resume_is_refused_then_allowed(
         run_experiment(content, folder=RunFolder.open(str(place / "runs" / "changed")), stop=lambda: "test")
     # started without the command, the manifest lacks what the command compares
     folder = RunFolder.open(str(place / "runs" / "changed"))
-    fingerprint = RunFolder.open(str(place / "runs" / "whole")).manifest["data_fingerprint"]
+    fingerprint = RunFolder.open(str(trained)).manifest["data_fingerprint"]
     folder.write_json("run.json", folder.manifest | {"data_fingerprint": fingerprint})
     resume = ["train", "--resume", "--name", "changed", "--runs", place / "runs", "--device", "cpu", "--threads", 1]
     ended = command(*resume, "--set", "optim.lr=0.01")
