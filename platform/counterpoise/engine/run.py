@@ -651,9 +651,13 @@ def redact(value: Any) -> Any:
     Replaced are texts under keys that sound like one, users and passwords in URLs, tokens of known form, and
     the values of environment variables whose names sound like a secret. Numbers stay: `max_tokens` is none.
     """
-    named = [v for k, v in os.environ.items() if _SECRET_KEY.search(k) and len(v) >= 12]
-    hidden = [v for v in named if not v.startswith("/")]  # a path to a secret is none
-    return _redacted(value, hidden)
+    return _redacted(value, list(known_secrets().values()))
+
+
+def known_secrets() -> dict[str, str]:
+    """Environment variables whose names sound like a secret; short values and paths to secrets are none."""
+    named = {k: v for k, v in os.environ.items() if _SECRET_KEY.search(k) and len(v) >= 12}
+    return {k: v for k, v in named.items() if not v.startswith("/")}
 
 
 def _redacted(value: Any, hidden: Sequence[str], secret: bool = False) -> Any:
