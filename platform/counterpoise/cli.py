@@ -34,6 +34,8 @@ dashboards = typer.Typer(
     help="Grafana dashboards and Prometheus rules: build, check, push, preview.", no_args_is_help=True
 )
 app.add_typer(dashboards, name="dashboards")
+jobs = typer.Typer(help="Jobs on a Ray cluster: list, status, logs, stop. `submit` sends them.", no_args_is_help=True)
+app.add_typer(jobs, name="jobs")
 
 Runs = Annotated[
     str, typer.Option("--runs", help="Folder or s3:// prefix that holds runs.", envvar="COUNTERPOISE_RUNS")
@@ -47,6 +49,15 @@ CheckpointEvery = Annotated[float, typer.Option(min=1, metavar="SECONDS", help="
 Address = Annotated[
     str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use.", show_default="start one here")
 ]
+Dashboard = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Dashboard of the Ray cluster; also RAY_API_SERVER_ADDRESS.",
+        show_default="http://127.0.0.1:8265",
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Its ID, or its name: then the newest of that name.")]
 Track = Annotated[
     list[str] | None,
     typer.Option(
@@ -385,6 +396,124 @@ def demo(
 
     _choice("--engine", engine, ("local", "ray"))
     run_demo(engine=engine, workers=workers, epochs=epochs, seed=seed, runs=runs, verbose=verbose)
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def submit(
+    context: typer.Context,
+    command: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="COMMAND ...",
+            help="train, compare, sweep, evaluate, predict or corpora prepare, and its arguments.",
+        ),
+    ],
+    address: Dashboard = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the job, and of its run.", show_default="that of the run")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not follow the log; print the job's ID.")] = False,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Absolute paths in COMMAND are mounted on every node.")
+    ] = False,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Variable of driver and workers; never a secret, Ray keeps it. Repeatable."
+        ),
+    ] = None,
+    working_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder to send.", show_default="the checkout, if there is one")
+    ] = None,
+    runtime_env: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Ray's runtime environment.", show_default="cluster/runtime_env.yaml"),
+    ] = None,
+    grace: Annotated[
+        int, typer.Option(min=1, metavar="SECONDS", help="Time to write a checkpoint when the job is stopped.")
+    ] = 120,
+    driver_cpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="CPUs of the driver; 0: it runs on the head.", show_default="evaluate: 1, else 0"),
+    ] = None,
+    driver_gpus: Annotated[float, typer.Option(min=0, help="GPUs of the driver, e.g. 1 for evaluate.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, also the cluster; send nothing.")
+    ] = False,
+) -> None:
+    """Run a command of ours as a job of a Ray cluster and follow it; the exit code is the command's.
+
+    counterpoise submit train EXPERIMENT.yaml --workers 4 --runs s3://bucket/runs --name a1
+    """
+    from counterpoise.jobs import parse, plan
+    from counterpoise.jobs import submit as start
+
+    asked = parse(context.find_root().command, command)
+    order = plan(
+        asked, name=name, working_dir=working_dir, runtime_env=runtime_env, env=env or [], shared=shared, grace_s=grace,
+        cpus=driver_cpus, gpus=driver_gpus, say=say,
+    )  # fmt: skip
+    job_id, code = start(order, address, detach=detach, dry_run=dry_run, say=say)
+    if detach and job_id:
+        print(job_id)
+    raise typer.Exit(code)
+
+
+@jobs.command("list")
+def jobs_list(address: Dashboard = None, as_json: Json = False) -> None:
+    """Jobs that the cluster knows, the newest first."""
+    from counterpoise.launch.submit import connect, facts, lines, submitted
+
+    found = submitted(connect(address, say))
+    print(json.dumps([facts(job) for job in found], indent=2) if as_json else "\n".join(lines(found)))
+
+
+@jobs.command("status")
+def jobs_status(job: JobId, address: Dashboard = None, as_json: Json = False) -> None:
+    """How a job stands."""
+    from counterpoise.launch.submit import connect, facts, find
+
+    found = facts(find(connect(address, say), job))
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for key, value in found.items():
+        if value is not None:
+            shown = f"{datetime.fromtimestamp(value):%Y-%m-%d %H:%M:%S}" if key == "started" else value
+            print(f"{key.replace('_', ' '):10}  {shown}")
+
+
+@jobs.command("logs")
+def jobs_logs(
+    job: JobId,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Until the job ends; the exit code is then the job's.")
+    ] = False,
+    address: Dashboard = None,
+) -> None:
+    """What a job has printed. Ctrl-C while following leaves the job alone."""
+    from counterpoise import jobs as ours
+    from counterpoise.launch.submit import connect, find
+
+    client = connect(address, say)
+    found = find(client, job)
+    if not follow:
+        print(client.get_job_logs(found.submission_id), end="")
+        return
+    raise typer.Exit(ours.follow(client, found.submission_id, say))
+
+
+@jobs.command("stop")
+def jobs_stop(
+    job: JobId,
+    address: Dashboard = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended.")] = True,
+) -> None:
+    """Let a job write a checkpoint and end. It goes on with the same command and --resume."""
+    from counterpoise.launch.submit import connect, find, stop
+
+    client = connect(address, say)
+    stop(client, find(client, job), say, wait)
 
 
 @app.command()
