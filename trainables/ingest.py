@@ -1,6 +1,7 @@
 """Make the shards of a corpus from its original download on Ray: what `ray job submit` runs.
 
-    ray job submit --working-dir . -- python trainables/ingest.py cremad --raw s3://bucket/raw/CREMA-D \
+    ray job submit --runtime-env cluster/runtime_env.yaml --working-dir . -- \
+        python trainables/ingest.py cremad --raw s3://bucket/raw/CREMA-D \
         --out s3://bucket/corpora/cremad --workers 16
 
 Arguments are those of `counterpoise corpora prepare`; inside a job the parts are made on the cluster of the job

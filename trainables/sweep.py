@@ -1,6 +1,7 @@
 """Run a sweep on Ray Tune: what `ray job submit` runs.
 
-    ray job submit --working-dir . -- python trainables/sweep.py trainables/experiments/sweeps/av_digits_lr.yaml \
+    ray job submit --runtime-env cluster/runtime_env.yaml --working-dir . -- \
+        python trainables/sweep.py trainables/experiments/sweeps/av_digits_lr.yaml \
         --runs s3://bucket/runs --name lr
 
 Arguments are those of `counterpoise sweep`; inside a job the trials run on the cluster of the job (RAY_ADDRESS).

@@ -1,6 +1,7 @@
 """Train one experiment on Ray: what `ray job submit` runs.
 
-    ray job submit --working-dir . -- python trainables/train.py trainables/experiments/av_digits.yaml --workers 4
+    ray job submit --runtime-env cluster/runtime_env.yaml --working-dir . -- \
+        python trainables/train.py trainables/experiments/av_digits.yaml --workers 4
 
 Arguments are those of `counterpoise train`; inside a job the workers run on the cluster of the job (RAY_ADDRESS).
 Runs must lie where every machine can write: give `--runs s3://bucket/runs` or a shared folder.
