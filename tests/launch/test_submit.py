@@ -37,8 +37,22 @@ def one_server() -> Iterator[JobServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small one: ours takes a moment to pack, and what lies about in it is not known."""
+    root = tmp_path_factory.mktemp("checkout")
+    for folder in ("platform/counterpoise", "trainables/experiments", "cluster", "tests", ".git", "datasets/x"):
+        (root / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "cluster/runtime_env.yaml", root / "cluster")
+    shutil.copy(ROOT / EXPERIMENT, root / EXPERIMENT)
+    for name in (".env", "server.pem", "tests/a.py", ".git/config", "datasets/x/a.parquet", "datasets/x/corpus.yaml"):
+        (root / name).write_text("x")
+    (root / "platform/counterpoise/cli.py").write_text("x")
+    return root
+
+
 @pytest.fixture
-def server(one_server: JobServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> JobServer:
+def server(one_server: JobServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkout: Path) -> JobServer:
     """As new, and nothing of this machine's environment."""
     one_server.__init__(url=one_server.url)  # type: ignore[misc]
     for name in list(os.environ):
@@ -46,7 +60,8 @@ def server(one_server: JobServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(checkout)
+    monkeypatch.setattr(planning, "checkout", lambda: checkout)
     monkeypatch.setattr(storage, "exists", lambda uri: False)  # of runs in the buckets that are named below
     return one_server
 
@@ -94,22 +109,19 @@ def test_a_job_is_the_command_with_a_name_and_time_to_stop(submit: Any, server: 
     assert "exit code 0" in err
 
 
-def test_the_checkout_is_sent_without_what_nodes_do_not_need(
-    submit: Any, server: JobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkout = tmp_path / "checkout"
-    for folder in ("platform/counterpoise", "trainables/experiments", "cluster", "tests", ".git", "datasets/x"):
-        (checkout / folder).mkdir(parents=True)
-    shutil.copy(ROOT / "cluster/runtime_env.yaml", checkout / "cluster")
-    shutil.copy(ROOT / EXPERIMENT, checkout / EXPERIMENT)
-    for name in (".env", "server.pem", "tests/a.py", ".git/config", "datasets/x/a.parquet", "datasets/x/corpus.yaml"):
-        (checkout / name).write_text("x")
-    (checkout / "platform/counterpoise/cli.py").write_text("x")
-    monkeypatch.setattr(planning, "checkout", lambda: checkout)
-    monkeypatch.chdir(checkout)
+def test_the_checkout_is_sent_without_what_nodes_do_not_need(submit: Any, server: JobServer) -> None:
     assert submit(*TRAIN)[0] == 0
     found = {name for name in contents(server).namelist() if not name.startswith("cluster/")}
     assert found == {EXPERIMENT, "platform/counterpoise/cli.py", "datasets/x/corpus.yaml"}
+
+
+def test_our_own_checkout_is_small_enough_to_send(tmp_path: Path) -> None:
+    runtime_env = yaml.safe_load((ROOT / "cluster/runtime_env.yaml").read_text())
+    order = cluster.Order(["train"], "a1", folder=ROOT, code=False, runtime_env=runtime_env)
+    assert cluster.pack(order, tmp_path / "code.zip") < 20 * 2**20
+    names = zipfile.ZipFile(tmp_path / "code.zip").namelist()
+    assert {"platform/counterpoise/cli.py", "trainables/train.py", "datasets/cremad/corpus.yaml"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests/", ".git/", ".venv/"))]
 
 
 def test_files_from_elsewhere_travel_beside_the_checkout(submit: Any, server: JobServer, tmp_path: Path) -> None:
@@ -122,7 +134,6 @@ def test_files_from_elsewhere_travel_beside_the_checkout(submit: Any, server: Jo
     found = contents(server)
     assert found.read("submitted/base.yaml") == (tmp_path / "base.yaml").read_bytes()
     assert "platform/counterpoise/cli.py" in found.namelist()
-    assert not [name for name in found.namelist() if name.startswith(("tests/", ".git/", ".venv/"))]
 
 
 def test_an_installed_package_sends_itself(server: JobServer, tmp_path: Path) -> None:
