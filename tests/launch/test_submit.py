@@ -316,6 +316,7 @@ def test_two_jobs_do_not_write_one_run(submit: Any, server: JobServer) -> None:
     "words",
     [
         ["--env", "AWS_SECRET_ACCESS_KEY=abc"],
+        ["--env", "AWS_SECRET_ACCESS_KEY=/keys/may/begin/with/a/slash"],
         ["--env", "WANDB_API_KEY=0123456789"],
         ["--env", "AWS_ENDPOINT_URL_S3=http://user:pw@minio:9000"],
         ["--env", "NOTE=glsa_0123456789abcdefghij"],
@@ -350,9 +351,9 @@ def test_a_file_that_holds_a_known_secret_is_not_sent(
     work = tmp_path / "work"
     work.mkdir()
     shutil.copy(ROOT / EXPERIMENT, work / "e.yaml")
-    (work / "notes.txt").write_text("remember canary-value-7431")
+    (work / "notes.txt").write_text("remember /canary-value-7431")
     if where == "variable":
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-value-7431")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "/canary-value-7431")
     else:
         (tmp_path / "token").write_text("canary-value-7431\n")
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))

@@ -635,6 +635,7 @@ _SECRET_KEY = re.compile(
     r"secret|token(?!iz)|passw|passphrase|credential|api_?key|access_?key|private_?key|key_?id|authorization|cookie",
     re.IGNORECASE,
 )
+_PATH_KEY = re.compile(r"(file|path|dir|folder|sock|bundle|_credentials)$", re.IGNORECASE)
 _SECRET_TEXT = [
     (re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@\"']+@"), r"\1[redacted]@"),
     (re.compile(r"([?&][a-z_-]*(?:credential|token|signature|secret|key)=)[^&\s\"']+", re.I), r"\1[redacted]"),
@@ -657,7 +658,12 @@ def redact(value: Any) -> Any:
 def known_secrets() -> dict[str, str]:
     """Environment variables whose names sound like a secret; short values and paths to secrets are none."""
     named = {k: v for k, v in os.environ.items() if _SECRET_KEY.search(k) and len(v) >= 12}
-    return {k: v for k, v in named.items() if not v.startswith("/")}
+    return {k: v for k, v in named.items() if not is_path(k, v)}
+
+
+def is_path(name: str, value: str) -> bool:
+    """Whether a variable names a file that holds a secret, not the secret: keys of AWS may begin with a slash too."""
+    return value.startswith("/") and (bool(_PATH_KEY.search(name)) or os.path.exists(value))
 
 
 def _redacted(value: Any, hidden: Sequence[str], secret: bool = False) -> Any:

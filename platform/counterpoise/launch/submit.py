@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from counterpoise.contracts import ConfigError, CounterpoiseError, DataError, RefusedError, ResourceError
-from counterpoise.engine.run import known_secrets, redact
+from counterpoise.engine.run import is_path, known_secrets, redact
 from counterpoise.storage import show
 from counterpoise.wording import did_you_mean, duration
 
@@ -277,7 +277,7 @@ def _quiet_ray() -> None:
 
 def refuse_secrets(order: Order) -> None:
     """RefusedError if what Ray would keep of a job holds what looks like a secret. A path to a secret is none."""
-    env = {name: value for name, value in order.env_vars.items() if not value.startswith("/")}
+    env = {name: value for name, value in order.env_vars.items() if not is_path(name, value)}
     others = {key: value for key, value in order.runtime_env.items() if key != "env_vars"}
     parts: dict[str, Any] = {f"variable {name} (--env, or env_vars)": {name: value} for name, value in env.items()}
     parts |= {"the command": [list(order.argv), order.entrypoint], "the runtime environment": others}
@@ -490,7 +490,7 @@ def follow(client: Any, job_id: str, write: Callable[[str], None], say: Say, pat
             asyncio.run(_tail(client, job_id, log))
             job = client.get_job_info(job_id)
         except (Unreachable, aiohttp.ClientError, RuntimeError, OSError) as error:
-            if "404" in str(error) or getattr(error, "status", None) == 404:
+            if "status code 404" in str(error) or getattr(error, "status", None) == 404:
                 raise ResourceError(
                     f"the cluster does not know job {job_id} any more: its head was started anew. Runs stay; submit "
                     "the same with --resume"
