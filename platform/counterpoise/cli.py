@@ -381,6 +381,90 @@ def sweep(
 
 
 @app.command()
+def plan(
+    experiment: Annotated[
+        str | None,
+        typer.Argument(help="Experiment file (YAML). Left out: the sweep's, or numbers by --set model.* and shards.*."),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND", help="h100, h200, a100, l4, t4, mi300x or cpu.", show_default="what --calibrate measured"
+        ),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of a node; of cpu, workers.", show_default="8; of cpu 1")
+    ] = None,
+    cores: Annotated[
+        int | None, typer.Option(min=1, help="Cores of a node.", show_default="12 per GPU; of cpu as here")
+    ] = None,
+    network: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Between nodes: Gb/s of a node, ethernet25, ethernet100, efa3200 or ib3200."),
+    ] = "ethernet100",
+    store: Annotated[
+        str, typer.Option(metavar="NAME", help="Where the corpus is: s3, nfs, or disk (a copy per node).")
+    ] = "s3",
+    precision: Annotated[
+        str, typer.Option(help="fp32: as the loop trains; bf16: what that would bring, if the loop had it.")
+    ] = "fp32",
+    per_device_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="SAMPLES", help="Batch of each device where it grows with them.", show_default="batch_size"
+        ),
+    ] = None,
+    sweep: Annotated[str | None, typer.Option(metavar="SWEEP.yaml", help="Also what this sweep would take.")] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Of a device-hour, in any currency.", show_default="no cost")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "-s", metavar="KEY=VALUE", help="Change the experiment, or an assumption of the list. Repeatable."
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate", help="First measure this machine, for about a minute, for this plan and later ones."
+        ),
+    ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Where measurements are kept.", show_default="calibration.json of the cache folder"
+        ),
+    ] = None,
+    runs: Runs = "runs",
+    picture: Annotated[
+        str | None, typer.Option("--plot", metavar="PNG", help="Draw the curves into this file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict step time, scaling, input, failures and cost on a cluster, and say what breaks first."""
+    from counterpoise.planning.command import Cluster, make
+    from counterpoise.planning.text import lines, plot
+
+    _choice("--precision", precision, ("fp32", "bf16"))
+    found = make(
+        experiment=experiment,
+        sweep=sweep,
+        sets=sets or [],
+        cluster=Cluster(gpu, nodes, per_node, cores, network, store, precision, price),
+        per_device_batch=per_device_batch,
+        runs=runs,
+        calibration=calibration,
+        measure=calibrate,
+        say=say,
+    )
+    if picture:
+        plot(found, picture)
+    print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+
+
+@app.command()
 def demo(
     workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 2,
     engine: Annotated[str, typer.Option(help="ray or local.")] = "ray",
