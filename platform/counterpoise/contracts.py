@@ -29,7 +29,8 @@ Batch = dict[str, "Tensor"]
 #             seconds, data_wait_s, samples_per_s
 #   decision  epoch, action, add [modalities], inputs {...}, classifiers {<modality>: n after it}
 #   event     event ("resumed", "skipped_rows", "checkpoint_fallback", "interrupted", ...) and free fields; "failed" has
-#             the error's text and its type
+#             the error's text and its type, "resumed" epoch, batch and step, workers, workers_before if they were more
+#             or fewer, and after: what ended the workers before, if that is known
 #   end       summary (the content of summary.json)
 Record = dict[str, Any]
 
@@ -75,6 +76,17 @@ class Interrupted(CounterpoiseError):
     """Stopped on request, with a checkpoint written. Exit 130 after SIGINT, 75 (requeue me) after SIGTERM."""
 
     exit_code = 130
+
+
+class Moved(Interrupted):
+    """Stopped, with a checkpoint, to go on with other workers or on other machines. Nothing has failed.
+
+    why: a few words, for the run's records.
+    """
+
+    def __init__(self, text: str, why: str = "") -> None:
+        super().__init__(text)
+        self.why = why
 
 
 @dataclass

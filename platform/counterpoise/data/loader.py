@@ -36,6 +36,7 @@ class LocalData:
 
     A subclass may decode elsewhere: it overrides `_decoded_batches`, and `_decoded_rows` if it fills the cache too.
     state: what `preprocessing_state()` of an earlier run returned; without it the train split is read for it.
+    even: refuse a batch size that does not divide among the workers. Shares may be uneven, but nobody would ask for it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class LocalData:
         world: int = 1,
         options: DataOptions | None = None,
         state: Mapping[str, Any] | None = None,
+        even: bool = True,
     ) -> None:
         self.card = load_card(card) if isinstance(card, str) else card
         self.options = options or DataOptions()
@@ -56,7 +58,7 @@ class LocalData:
         chosen = self.card.select(modalities)
         check_augment(self.options.augment, chosen)
         self.indexes: dict[str, SplitIndex] = open_splits(self.card)
-        plan.check_batches(len(self.indexes["train"]), batch_size, world)
+        plan.check_batches(len(self.indexes["train"]), batch_size, world, even)
         stats = {n: Stats.from_json(s) for n, s in (state or {}).items() if n in chosen}
         for name, modality in chosen.items():
             if modality.kind in ("vector", "series") and name not in stats:

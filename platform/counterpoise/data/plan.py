@@ -105,9 +105,9 @@ def rank_slice(lo: int, hi: int, rank: int, world: int) -> tuple[int, int]:
     return lo + rank * size // world, lo + (rank + 1) * size // world
 
 
-def check_batches(num_samples: int, batch_size: int, world: int) -> None:
-    """Raise if a batch cannot be shared among `world` workers."""
-    if batch_size % world:
+def check_batches(num_samples: int, batch_size: int, world: int, even: bool = True) -> None:
+    """Raise if a batch cannot be shared among `world` workers. even: shares that were asked for should be equal."""
+    if even and batch_size % world:
         divisors = [w for w in range(1, batch_size + 1) if batch_size % w == 0]
         some = ", ".join(map(str, divisors[:3])) + (", ..." if len(divisors) > 3 else "")
         raise ConfigError(

@@ -81,11 +81,15 @@ def execute(
     stop: Callable[[], str | None] | None = None,
     data: DataSource | None = None,
     on_epoch: Callable[[Progress], None] | None = None,
+    move: Callable[[], str | None] | None = None,
+    after: str = "",
 ) -> dict[str, Any] | None:
     """Train, test and leave a finished run folder; the summary, on rank 0.
 
     data: an open corpus to use (it is not closed); otherwise this worker opens and closes its own.
     on_epoch: called after every epoch but the last, when its checkpoint is written; what it raises ends the run there.
+    move: asked, on rank 0, for a reason to go on with other workers; a checkpoint is written and Moved raised then.
+    after: why this is a continuation, for the records.
     """
     torch.set_num_threads(job.threads)
     if job.device.startswith("cuda"):
@@ -99,7 +103,7 @@ def execute(
         folder.clear_stop()
     opened = data if data is not None else open_data(experiment, comm.rank, comm.world, job.data)
     try:
-        options = RunOptions(job.device, job.checkpoint_every_s, job.resume, stop, job.until, on_epoch)
+        options = RunOptions(job.device, job.checkpoint_every_s, job.resume, stop, job.until, on_epoch, move, after)
         summary = Trainer(experiment, opened, comm, folder, options).run()
         if folder is not None and summary is not None:
             summary = {"run": folder.name, **summary}

@@ -30,6 +30,7 @@ from counterpoise.contracts import (
     EpochContext,
     EpochStats,
     Interrupted,
+    Moved,
     NonFiniteLossError,
     Outputs,
     Record,
@@ -78,6 +79,8 @@ class RunOptions:
     stop: Callable[[], str | None] | None = None  # rank 0's own wish to stop, e.g. after a signal
     until: int | None = None  # the epoch after which the run is interrupted, on every worker; None: the last
     on_epoch: Callable[[Progress], None] | None = None  # after every epoch but the last, and its checkpoint; may raise
+    move: Callable[[], str | None] | None = None  # rank 0's wish to go on with other workers, and why: `Moved`
+    after: str = ""  # why this is a continuation, for the records
 
 
 @dataclass
@@ -505,9 +508,11 @@ class Trainer:
             now = time.monotonic()
             per_batch = (now - self._session_start) / max(self._batches_here, 1)
             stop = (self.options.stop() if self.options.stop else None) or self.folder.stop_requested()
+            move = None if stop or self.progress.epoch > self.epochs or not self.options.move else self.options.move()
             message = {
                 "stop": stop,
-                "save": bool(stop) or force_save or now - self._last_save >= self.options.checkpoint_every_s,
+                "move": move,
+                "save": bool(stop or move) or force_save or now - self._last_save >= self.options.checkpoint_every_s,
                 "next": max(1, min(200, math.floor(CONTROL_INTERVAL_S / max(per_batch, 1e-4)))),
             }
         message = self.comm.broadcast(message)
@@ -515,6 +520,10 @@ class Trainer:
         if message["save"]:
             self._save()
         finished = self.progress.epoch > self.epochs
+        if message["move"]:
+            self._status(force=True)
+            self.comm.barrier()
+            raise Moved(f"going on elsewhere after step {self.progress.step}: {message['move']}", message["move"])
         if message["stop"] and not finished:
             self._record({"kind": "event", "event": "interrupted", "reason": message["stop"], **self._where()})
             self._status(state="interrupted", force=True)
@@ -656,7 +665,10 @@ class Trainer:
             self.folder.truncate_records(state["num_records"])
             for name, reason in self._fallbacks:
                 self._record({"kind": "event", "event": "checkpoint_fallback", "name": name, "reason": reason})
-            self._record({"kind": "event", "event": "resumed", **self._where(), "workers": self.comm.world})
+            resumed = {"kind": "event", "event": "resumed", **self._where(), "workers": self.comm.world}
+            if state["world"] != self.comm.world:
+                resumed["workers_before"] = state["world"]
+            self._record(resumed | ({"after": self.options.after} if self.options.after else {}))
         return True
 
     def _report_fallback(self, name: str, reason: str) -> None:

@@ -30,7 +30,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import IO, Any
 
@@ -226,6 +226,34 @@ class RunFolder:
         """Whether a live process writes here (as far as one can tell)."""
         owner = self._owner()
         return bool(owner) and self._is_alive(owner or {})
+
+    def await_lock(
+        self,
+        over: Callable[[Mapping[str, Any]], bool | None] = lambda owner: None,
+        tell: Callable[[str], None] = lambda text: None,
+        dying_s: float = 5.0,
+    ) -> None:
+        """Wait until nobody writes here; a lock that was left behind goes. RefusedError if its owner lives.
+
+        One on another machine that cannot be asked lives if it renews its lock, and is dead after `stale_s` of silence.
+        over: what somebody who knows says of an owner: True (dead), False (alive) or None. dying_s: what a process of
+        this machine may take to end after whoever started it.
+        """
+        first, began, told = self._owner(), time.monotonic(), False
+        while (owner := self._owner()) and self._is_alive(owner):
+            known = over(owner)
+            if known:
+                if self._owner() == owner:
+                    storage.delete(self.at(LOCK))
+                return
+            here = owner.get("host") == socket.gethostname()
+            if known is False or owner != first or (here and time.monotonic() - began > dying_s):
+                raise RefusedError(self._held_by(owner))
+            if not told and not here:
+                told = True
+                left = self.stale_s - (_clock() - owner.get("time", 0.0))
+                tell(f"waiting for {_who(owner)}, which has the lock of run {self.name!r}; {left:.0f} s of silence")
+            time.sleep(0.5)
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
