@@ -504,7 +504,7 @@ def test_a_plan_of_an_experiment_and_a_sweep(corpus: str, tmp_path: Path, capsys
 
 
 def test_a_larger_corpus_of_the_same_kind_takes_longer(corpus: str, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(experiment_on(corpus)))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(experiment_on(corpus, data={"cache": "auto"})))
     file = [str(tmp_path / "base.yaml"), "--gpu", "t4", "--per-node", "4"]
     small, large = run_plan(capsys, *file), run_plan(capsys, *file, "--set", "shards.train=1e9")
     assert large["run"]["epoch_s"] > 1e5 * small["run"]["epoch_s"]

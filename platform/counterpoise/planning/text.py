@@ -217,12 +217,13 @@ def plot(plan: Mapping[str, Any], place: str) -> None:
     left.axvline(plan["devices"], color="#888888", linewidth=0.8)
     left.set(xscale="log", xlabel="devices", ylabel="efficiency", ylim=(0, 1.05), title="Scaling (line: this plan)")
     left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     left.legend(frameon=False, fontsize=8)
     names = {"compute": "computing", "gradients": "gradients", "small": "small messages", "packing": "packing",
              "optimizer": "optimizer", "wait": "waiting for input"}  # fmt: skip
     values = [1e3 * plan["step"][key] for key in names]
     bars = right.barh(list(names.values()), values, color="#6cc5b0")
-    right.bar_label(bars, [f"{value:.3g} ms" for value in values], padding=3, fontsize=8)
+    right.bar_label(bars, [seconds(value / 1e3) for value in values], padding=3, fontsize=8)
     right.invert_yaxis()
     right.margins(x=0.18)
     right.set(xlabel="ms", title=f"A step on {plan['devices']:,} devices")
