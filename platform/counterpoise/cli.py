@@ -129,12 +129,39 @@ def train(
     runs: Runs = "runs",
     name: Annotated[str | None, typer.Option(help="Name of the run.", show_default="corpus-method-seed-time")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run --name from its last checkpoint.")] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option(
+            "--auto-resume",
+            help="Start the run --name, go on with it if it has begun, or do nothing if it has finished: for schedulers that give a command again.",
+        ),
+    ] = False,
     allow_change: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY", help="With --resume: a value that may differ from before. Repeatable."),
     ] = None,
     checkpoint_every: CheckpointEvery = 60,
     address: Address = None,
+    min_workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="On Ray: go on with fewer workers, down to so many, while nodes are missing.",
+            show_default="--workers",
+        ),
+    ] = None,
+    max_failures: Annotated[
+        int, typer.Option(min=-1, help="On Ray: how often workers that died are replaced; -1: always.")
+    ] = 2,
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="On Ray: how long to wait for room for the workers, at the start and when nodes are lost.",
+            show_default="300; at the start only if the cluster can grow",
+        ),
+    ] = None,
     track: Track = None,
     metrics_port: MetricsPort = "0",
     metrics_address: MetricsAddress = "127.0.0.1",
@@ -150,6 +177,7 @@ def train(
     from counterpoise.start import (
         Settings,
         check_same_data,
+        existing,
         keep_changes,
         make_job,
         new_run,
@@ -163,13 +191,35 @@ def train(
 
     _choice("--engine", engine, ("local", "ray"))
     trackers = chosen(track or [])
-    settings = Settings(engine, workers, device, threads, checkpoint_every, address, verbose=verbose, track=trackers)
+    settings = Settings(
+        engine,
+        workers,
+        device,
+        threads,
+        checkpoint_every,
+        address,
+        max_failures,
+        min_workers,
+        wait,
+        verbose=verbose,
+        track=trackers,
+    )
     metrics = Options.parse(metrics_port, metrics_address, metrics_sd, metrics_linger, runs)
     given = read_yaml(experiment) if experiment else None
+    if auto_resume:
+        if name is None:
+            raise ConfigError("--auto-resume needs a --name, by which the run is found when the command is given again")
+        resume = existing(runs, name) is not None
     if resume:
         if name is None:
             raise ConfigError("--resume needs the --name of the run to continue")
-        folder, resolved, changes = reopen(runs, name, given, experiment or name, sets or [], allow_change or [])
+        folder, resolved, changes = reopen(
+            runs, name, given, experiment or name, sets or [], allow_change or [], finished=auto_resume
+        )
+        if folder.state() == "finished":
+            say(f"run         {folder.uri} has finished; nothing is left to do")
+            _print_results([folder.uri], [folder.read_json("summary.json")])
+            return
         seen = preview(resolved, settings)
         check_same_data(folder, seen)
         for change in changes:
@@ -1182,6 +1232,43 @@ def bench_metrics(
 
     result = measure(seconds, rounds, threads)
     print(json.dumps(result, indent=2) if as_json else render(result))
+
+
+@app.command()
+def verify(
+    address: Address = None,
+    workers: Annotated[int, typer.Option(min=1, help="Workers of the runs.")] = 2,
+    runs: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or s3:// prefix that every node can write.", show_default="a temporary folder, on one node"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
+    kill_nodes: Annotated[
+        bool, typer.Option("--kill-nodes", help="Also kill all of Ray on a node that is not the driver's.")
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the runs, to look at them.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Kill workers, drivers and, if you like, a node of short runs on your cluster; say whether all came out the same."""
+    from counterpoise.verify import render
+    from counterpoise.verify import verify as run_verify
+
+    result = run_verify(
+        address=address,
+        workers=workers,
+        runs=runs,
+        device=device,
+        kill_nodes=kill_nodes,
+        keep=keep,
+        verbose=verbose,
+        say=say,
+    )
+    print(json.dumps(result, indent=2) if as_json else render(result))
+    if not result["passed"]:
+        raise typer.Exit(1)
 
 
 def _choice(flag: str, value: str, allowed: Sequence[str]) -> None:

@@ -317,7 +317,7 @@ def _check_run(asked: Asked, run: str, place: str, say: Callable[[str], None]) -
     except (ResourceError, ConfigError) as error:
         say(f"note: not looked whether {storage.show(place)} exists ({error})")
         return
-    if there and not asked["resume"]:
+    if there and not asked["resume"] and not asked["auto_resume"]:
         raise RefusedError(
             f"{run!r} exists in {storage.show(asked['runs'])}; continue it with --resume, or choose another --name"
         )

@@ -23,11 +23,11 @@ import yaml
 
 from counterpoise import storage
 from counterpoise.config import Experiment, check_changes, parse_yaml, resolve
-from counterpoise.contracts import DataError, Interrupted, RefusedError, ResourceError
+from counterpoise.contracts import ConfigError, DataError, Interrupted, RefusedError, ResourceError
 from counterpoise.engine.comm import SingleComm
 from counterpoise.engine.job import Job, chosen_device, open_data
 from counterpoise.engine.loop import encoder_configs, make_method, make_network
-from counterpoise.engine.run import EXPERIMENT, RunFolder
+from counterpoise.engine.run import EXPERIMENT, MANIFEST, RunFolder, check_name
 from counterpoise.storage import join
 
 if TYPE_CHECKING:
@@ -49,8 +49,16 @@ class Settings:
     checkpoint_every_s: float = 60.0
     address: str | None = None  # of a running Ray cluster
     max_failures: int = 2
+    min_workers: int | None = None  # go on with so many while there is no room for all; None: with all or not at all
+    wait_s: float | None = None  # for room for the workers; None: as `run_ray` has it
     verbose: bool = False
     track: tuple[str, ...] = ()  # trackers, beside those of the experiment
+
+    @property
+    def span(self) -> str:
+        """How many workers, in words."""
+        least = self.min_workers or self.workers
+        return f"{least} to {self.workers}" if least < self.workers else str(self.workers)
 
     @property
     def resolved_device(self) -> str:
@@ -89,7 +97,7 @@ class Preview:
             f"training    {experiment.epochs} epochs of {self.batches} batches of up to {experiment.batch_size}, "
             f"{experiment.optim.name} lr {experiment.optim.lr}, seed {experiment.seed}, digest {experiment.digest}",
             *self._warning(),
-            f"engine      {settings.engine}, {settings.workers} worker{'s' if settings.workers > 1 else ''} on "
+            f"engine      {settings.engine}, {settings.span} worker{'s' if settings.workers > 1 else ''} on "
             f"{settings.resolved_device}, {settings.resolved_threads} threads each",
         ]
 
@@ -136,6 +144,13 @@ def _check_engine(settings: Settings) -> None:
         try:
             metadata.version("ray")
         except metadata.PackageNotFoundError:
+    if settings.min_workers is not None:
+        if settings.engine != "ray":
+            raise ConfigError("--min-workers needs --engine ray: processes of one machine do not come and go")
+        if not 1 <= settings.min_workers <= settings.workers:
+            raise ConfigError(f"--min-workers is {settings.min_workers}; choose 1 to {settings.workers} (--workers)")
+    if settings.max_failures < -1:
+        raise ConfigError(f"--max-failures is {settings.max_failures}; choose 0 or more, or -1 for no limit")
             raise ResourceError(
                 "--engine ray needs Ray; install it with `uv sync --extra ray`, or use --engine local"
             ) from None
@@ -232,19 +247,35 @@ def make_job(seen: Preview, folder: RunFolder, resume: bool = False) -> Job:
 
 
 def reopen(
-    runs: str, name: str, given: Mapping[str, Any] | None, source: str, sets: Sequence[str], allowed: Sequence[str]
+    runs: str,
+    name: str,
+    given: Mapping[str, Any] | None,
+    source: str,
+    sets: Sequence[str],
+    allowed: Sequence[str],
+    finished: bool = False,
 ) -> tuple[RunFolder, Experiment, list[str]]:
     """A run to be continued, its experiment, and the changes that were asked for and named.
 
-    given: the content of an experiment file, or None for the one the run was started with.
+    given: the content of an experiment file, or None for the one the run was started with. finished: it may be.
     """
     folder = RunFolder.open(join(runs, name))
-    if folder.state() == "finished":
+    if folder.state() == "finished" and not finished:
         raise RefusedError(f"run {name!r} is finished; look at it with `counterpoise report {folder.uri}`")
     saved = parse_yaml(folder.experiment_text, folder.at("experiment.yaml"))
     old, _ = resolve(saved, source=f"{name}/experiment.yaml")
     new, _ = resolve(saved if given is None else given, sets, source)
-    return folder, new, check_changes(old, new, allowed)
+    changes = check_changes(old, new, allowed)
+    if changes and folder.state() == "finished":
+        raise RefusedError(f"run {name!r} is finished, so {changes[0]} comes too late; start a new run")
+    return folder, new, changes
+
+
+def existing(runs: str, name: str) -> RunFolder | None:
+    """The run of that name, if there is one."""
+    check_name(name)
+    place = join(runs, name)
+    return RunFolder(place) if storage.exists(join(place, MANIFEST)) else None
 
 
 def in_use(runs: str, name: str) -> RefusedError:
@@ -358,10 +389,15 @@ def run_jobs(
                 return [summary for summary in found if summary is not None]
             from counterpoise.engine.local import run_local
 
+                    min_workers=settings.min_workers,
+                    wait_s=settings.wait_s,
+                    tell=_tell,
             return run_local(jobs, settings.workers, stop)
     except Interrupted as error:
         error.exit_code = stop.exit_code
         raise
+            for job in (job for job in jobs if job.resume):
+                RunFolder.open(job.run).await_lock(tell=_tell)
     finally:
         done.set()
         if viewer is not None:
@@ -372,6 +408,10 @@ def publisher(settings: Settings) -> Callable[[Samples], None] | None:
     """Another way for metrics beside their endpoint: that of a Ray cluster, where one is used that was there before."""
     if settings.engine != "ray" or not settings.address:
         return None
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
     from counterpoise.launch.metrics import RayMetrics
 
     return RayMetrics()

@@ -314,11 +314,7 @@ def look(root: str, trial: Trial, prepared: Prepared, changed: bool) -> dict[str
             "start the sweep under a new --name"
         )
     check_same_data(folder, seen)
-    end = time.monotonic() + LOCKED_S
-    while folder.is_locked():
-        if time.monotonic() > end:
-            raise RefusedError(f"{storage.show(uri)} is being trained by another process; wait for it, or end it")
-        time.sleep(0.5)
+    folder.await_lock(tell=say, dying_s=LOCKED_S)
     state, run = folder.state(), read_run(uri)
     facts: dict[str, Any] = {"state": "interrupted" if state in ("created", "running") else state}
     facts["epoch"] = run.epochs[-1]["epoch"] if run.epochs else 0

@@ -82,6 +82,7 @@ class Session:
         """released: the last round of the population that has been decided. tries_before: by processes that died."""
         self.order = order
         self.tries = tries_before
+        self._died = tries_before > 0  # whoever has the lock of the run
         self._folder = RunFolder(order.uri)
         self._released = released
         self._out: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -147,6 +148,8 @@ class Session:
             RunFolder.create(order.root, order.name, **order.content)
         if folder.state() == "finished":
             return _finished(folder.read_json("summary.json"))
+        died, self._died = self._died, False
+        folder.await_lock(lambda owner: True if died else None)
         experiment, _ = resolve(parse_yaml(folder.experiment_text, folder.at("experiment.yaml")))
         until = None
         if order.interval and self._released + order.interval < experiment.epochs:
