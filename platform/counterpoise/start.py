@@ -140,10 +140,6 @@ def preview(experiment: Experiment, settings: Settings) -> Preview:
 
 
 def _check_engine(settings: Settings) -> None:
-    if settings.engine == "ray":
-        try:
-            metadata.version("ray")
-        except metadata.PackageNotFoundError:
     if settings.min_workers is not None:
         if settings.engine != "ray":
             raise ConfigError("--min-workers needs --engine ray: processes of one machine do not come and go")
@@ -151,6 +147,10 @@ def _check_engine(settings: Settings) -> None:
             raise ConfigError(f"--min-workers is {settings.min_workers}; choose 1 to {settings.workers} (--workers)")
     if settings.max_failures < -1:
         raise ConfigError(f"--max-failures is {settings.max_failures}; choose 0 or more, or -1 for no limit")
+    if settings.engine == "ray":
+        try:
+            metadata.version("ray")
+        except metadata.PackageNotFoundError:
             raise ResourceError(
                 "--engine ray needs Ray; install it with `uv sync --extra ray`, or use --engine local"
             ) from None
@@ -385,33 +385,33 @@ def run_jobs(
                     verbose=settings.verbose,
                     stop=stop,
                     max_failures=settings.max_failures,
+                    min_workers=settings.min_workers,
+                    wait_s=settings.wait_s,
+                    tell=_tell,
                 )
                 return [summary for summary in found if summary is not None]
             from counterpoise.engine.local import run_local
 
-                    min_workers=settings.min_workers,
-                    wait_s=settings.wait_s,
-                    tell=_tell,
+            for job in (job for job in jobs if job.resume):
+                RunFolder.open(job.run).await_lock(tell=_tell)
             return run_local(jobs, settings.workers, stop)
     except Interrupted as error:
         error.exit_code = stop.exit_code
         raise
-            for job in (job for job in jobs if job.resume):
-                RunFolder.open(job.run).await_lock(tell=_tell)
     finally:
         done.set()
         if viewer is not None:
             viewer.join(timeout=10)
 
 
-def publisher(settings: Settings) -> Callable[[Samples], None] | None:
-    """Another way for metrics beside their endpoint: that of a Ray cluster, where one is used that was there before."""
-    if settings.engine != "ray" or not settings.address:
-        return None
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def publisher(settings: Settings) -> Callable[[Samples], None] | None:
+    """Another way for metrics beside their endpoint: that of a Ray cluster, where one is used that was there before."""
+    if settings.engine != "ray" or not settings.address:
+        return None
     from counterpoise.launch.metrics import RayMetrics
 
     return RayMetrics()
