@@ -1,9 +1,8 @@
-"""Run a program of trainables/, with --resume if the run is there already: for what starts the same command again.
+"""Run a sweep, with --resume if it is there already: for what starts the same command again, as Slurm does.
 
-    python cluster/again.py trainables/train.py EXPERIMENT.yaml --runs s3://bucket/runs --name a1
+    python cluster/again.py trainables/sweep.py SWEEP.yaml --runs s3://bucket/runs --name lr
 
-Slurm requeues a job and KubeRay retries one with the command it was given. A run that has finished is left alone, and
-the exit code is 0. Everything behind the program is its own; --name is needed.
+Everything behind the program is its own; --name is needed. `train` does this itself with --auto-resume.
 """
 
 import argparse
@@ -11,7 +10,7 @@ import os
 import sys
 
 from counterpoise import storage
-from counterpoise.engine.run import MANIFEST, RunFolder
+from counterpoise.sweep import SWEEP
 
 
 def main() -> None:
@@ -21,12 +20,8 @@ def main() -> None:
     parser.add_argument("--name")
     known, _ = parser.parse_known_args(arguments)
     if known.name is None:
-        sys.exit("cluster/again.py: give the run a --name, by which it is found again")
-    folder = storage.join(known.runs, known.name)
-    if storage.exists(storage.join(folder, MANIFEST)) and RunFolder(folder).state() == "finished":
-        print(f"run {known.name!r} is finished", flush=True)
-        return
-    begun = any(storage.exists(storage.join(folder, file)) for file in (MANIFEST, "sweep.json", "comparison.json"))
+        sys.exit("cluster/again.py: give the sweep a --name, by which it is found again")
+    begun = storage.exists(storage.join(storage.join(known.runs, known.name), SWEEP))
     if begun and "--resume" not in arguments:
         arguments.append("--resume")
     os.execv(sys.executable, [sys.executable, program, *arguments])

@@ -128,7 +128,7 @@ def test_shellcheck_is_content(script: Path) -> None:
 def test_a_head_and_workers_are_started_and_ended_around_the_command(job: Job) -> None:
     code, output = job.run("trainables/train.py", "a.yaml", "--workers", "4")
     assert code == 0, output
-    assert job.noted("train") == ["--name work-7 a.yaml --workers 4"]
+    assert job.noted("train") == ["--name work-7 --auto-resume a.yaml --workers 4"]
     head, workers = sorted(job.noted("ray"), key=lambda line: "--head" not in line)
     assert "token start --block" in head
     assert "--dashboard-host=127.0.0.1" in head
@@ -158,7 +158,15 @@ def test_time_that_is_up_ends_in_a_checkpoint_and_a_requeue_that_resumes(job: Jo
     assert job.noted("scontrol") == ["requeue 7"]
     code, output = job.run("trainables/train.py", "a.yaml", SLURM_RESTART_COUNT="1")
     assert code == 0, output
-    assert job.noted("train")[-1] == "--name work-7 a.yaml --resume"
+    assert job.noted("train")[-1] == "--name work-7 --auto-resume a.yaml", "the same command, on the same run"
+
+
+def test_a_sweep_is_resumed_when_it_is_there(job: Job) -> None:
+    (job.folder / "checkout/trainables/sweep.py").write_text(PROGRAM)
+    job.run("trainables/sweep.py", "a.yaml")
+    (job.folder / "checkout/runs/work-7/sweep.json").write_text("{}")
+    job.run("trainables/sweep.py", "a.yaml", SLURM_RESTART_COUNT="1")
+    assert job.noted("train") == ["--name work-7 a.yaml", "--name work-7 a.yaml --resume"]
 
 
 def test_a_job_that_is_stopped_for_good_does_not_come_back(job: Job) -> None:
@@ -212,25 +220,16 @@ def again(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("file", ["run.json", "sweep.json", "comparison.json"])
-def test_what_is_there_already_is_resumed(tmp_path: Path, file: str) -> None:
+def test_a_sweep_that_is_there_already_is_resumed(tmp_path: Path) -> None:
     assert again(tmp_path, "--name", "a", "--runs", "there").stdout == "--name a --runs there\n"
     (tmp_path / "there" / "a").mkdir(parents=True)
-    (tmp_path / "there" / "a" / file).write_text("{}")
+    (tmp_path / "there" / "a" / "sweep.json").write_text("{}")
     assert again(tmp_path, "--name", "a", "--runs", "there").stdout == "--name a --runs there --resume\n"
     assert again(tmp_path, "--name=a", "--runs=there").stdout == "--name=a --runs=there --resume\n"
     assert again(tmp_path, "--name", "b", "--runs", "there").stdout == "--name b --runs there\n"
 
 
-def test_a_run_that_has_finished_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "runs" / "a").mkdir(parents=True)
-    (tmp_path / "runs" / "a" / "run.json").write_text("{}")
-    (tmp_path / "runs" / "a" / "status.json").write_text('{"state": "finished"}')
-    done = again(tmp_path, "--name", "a")
-    assert (done.returncode, done.stdout) == (0, "run 'a' is finished\n")
-
-
-def test_a_run_without_a_name_cannot_be_found_again(tmp_path: Path) -> None:
+def test_a_sweep_without_a_name_cannot_be_found_again(tmp_path: Path) -> None:
     done = again(tmp_path, "a.yaml")
     assert done.returncode == 1
     assert "--name" in done.stderr
