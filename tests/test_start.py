@@ -76,6 +76,14 @@ def test_a_gpu_that_is_not_there_is_missed_early(corpus: str, monkeypatch: pytes
         preview(resolve(settings(corpus))[0], Settings(device="cuda"))
 
 
+def test_a_cluster_may_have_the_gpus_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert Settings(engine="ray", device="cuda", address="head:6379").resolved_device == "cuda"
+    assert Settings(engine="ray", device="auto", address="head:6379").resolved_device == "cpu"
+    with pytest.raises(ResourceError, match="no CUDA device"):
+        assert Settings(engine="ray", device="cuda").resolved_device
+
+
 def test_without_a_valid_split_an_epoch_cannot_be_selected_on_it(tmp_path: Path) -> None:
     place = write_corpus(tmp_path / "c", rows={"train": 40, "test": 8})
     with pytest.raises(DataError, match="no valid split to select the epoch on"):

@@ -62,6 +62,10 @@ class Settings:
 
     @property
     def resolved_device(self) -> str:
+        """Of the workers. In a cluster that was there before they need not be on this machine: `cuda` is believed then,
+        and the cluster says whether it has GPUs."""
+        if self.device == "cuda" and self.engine == "ray" and self.address:
+            return "cuda"
         return chosen_device(self.device)
 
     @property
