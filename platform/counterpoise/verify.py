@@ -32,7 +32,7 @@ from counterpoise.storage import join
 ROWS = {"train": 480, "valid": 96, "test": 96}
 WIDTHS = {"strong": (12, 1.2), "weak": (12, 0.35)}  # numbers of a sample, distance of class centres
 BATCH, EPOCHS = 48, 6  # ten batches an epoch
-LAUNCH_S = 600.0  # for one driver, start and failures included
+LAUNCH_S = 1200.0  # for one driver, start and failures included
 ROUNDING = 1e-3  # between weights of different numbers of workers
 _POLL_S = 0.1
 
@@ -214,17 +214,17 @@ class _Drive:
     def all_at_once(self, plan: Sequence[Case], jobs: Mapping[str, Job]) -> None:
         """The runs whose driver lives: they share one start of Ray."""
         chosen = [_named(plan, name) for name in ("reference", "control", "worker")]
-        self.say("runs        undisturbed, with another seed, and with workers killed ...")
+        self.say("trains      undisturbed, with another seed, and with workers killed ...")
         with self._driver(chosen, [jobs[case.name] for case in chosen]) as driver:
             self._ended(driver, chosen, 0)
 
     def one(self, case: Case, job: Job) -> None:
-        self.say(f"runs        {case.title} ...")
+        self.say(f"trains      {case.title} ...")
         with self._driver([case], [job]) as driver:
             self._ended(driver, [case], 0)
 
     def killed(self, case: Case, job: Job) -> None:
-        self.say(f"runs        {case.title} ...")
+        self.say(f"trains      {case.title} ...")
         with self._driver([case], [job]) as driver:
             if self._landed(driver, case, job):
                 driver.kill()
@@ -232,7 +232,7 @@ class _Drive:
         self._again(case, job)
 
     def told_to_stop(self, case: Case, job: Job) -> None:
-        self.say(f"runs        {case.title} ...")
+        self.say(f"trains      {case.title} ...")
         with self._driver([case], [job]) as driver:
             if self._landed(driver, case, job):
                 driver.send_signal(signal.SIGTERM)

@@ -196,6 +196,7 @@ def test_a_run_goes_on_with_fewer_workers_when_a_node_dies_and_with_all_when_one
     assert [r["train"]["samples"] for r in records(elastic, "epoch")] == [240] * CALM["epochs"]
 
 
+@pytest.mark.slow
 def test_a_notice_of_preemption_moves_the_run_with_a_checkpoint_and_counts_as_no_failure(
     nodes: Nodes, job: MakeJob, two: Job
 ) -> None:
