@@ -88,6 +88,7 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
         if ray.is_initialized():  # by whoever calls this as a library
             yield _facts(ray, own=False, folder=tempfile.gettempdir())
             return
+        _read_environment()
         level = logging.INFO if verbose else logging.CRITICAL
         options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level}
         if address:
@@ -123,6 +124,14 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
             _reap(children)
             if folder and not verbose:  # Ray's logs; the next start removes what is left
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_environment() -> None:
+    """Have Ray read its settings and its token again: `import ray`, by whoever came first, reads and keeps them."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _children(ray: Any) -> list[subprocess.Popen[bytes]]:
