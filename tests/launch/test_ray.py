@@ -343,8 +343,8 @@ print(ray.is_initialized(), [t.name for t in threading.enumerate() if t.name.sta
 
 
 def test_a_process_can_have_one_cluster_after_another() -> None:
-    """Also after `import ray`, which reads settings and tokens and keeps them. What was left before its end is over, what
-    somebody else executes is not."""
+    """Also after `import ray`, which reads settings and keeps them. What was left before its end is over, what somebody
+    else executes is not."""
     package = Path(__file__).resolve().parents[2] / "platform"
     # A request to a cluster that is no more ends a process after a minute; here after a second.
     environment = {**os.environ, "PYTHONPATH": str(package), "RAY_gcs_rpc_server_reconnect_timeout_s": "1"}
