@@ -39,13 +39,13 @@ _ALWAYS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` would have nodes install everything again for every job
 }
 _OWN = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what Ray does on those: all servers on loopback
     "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
     "RAY_AUTH_MODE": "token",  # other users of this machine reach loopback too
     "RAY_prestart_worker_first_driver": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` would start workers by a `uv run` of their own
     "RAY_enable_metrics_collection": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_worker_niceness": "0",  # 15 by default: training would come to a halt beside any other program
@@ -128,8 +128,11 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
 
 def _read_environment() -> None:
     """Have Ray read its settings and its token again: `import ray`, by whoever came first, reads and keeps them."""
+    from ray._private import ray_constants
     from ray._raylet import AuthenticationTokenLoader, Config
 
+    name = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
+    setattr(ray_constants, name, ray_constants.env_bool(name, True))
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
