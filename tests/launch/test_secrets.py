@@ -23,6 +23,7 @@ from counterpoise.engine.run import RunFolder
 from counterpoise.launch import submit
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.ray,
     pytest.mark.s3,
     pytest.mark.timeout(900),
