@@ -131,8 +131,10 @@ def _read_environment() -> None:
     from ray._private import ray_constants
     from ray._raylet import AuthenticationTokenLoader, Config
 
-    name = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
-    setattr(ray_constants, name, ray_constants.env_bool(name, True))
+    constants: Any = ray_constants
+    constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = constants.env_bool("RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)
+    several = sys.platform not in ("win32", "darwin")  # without it, Ray's servers listen on loopback
+    constants.ENABLE_RAY_CLUSTER = constants.env_bool("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", several)
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
