@@ -128,15 +128,16 @@ def cluster(workers: int, tasks: int = 2, *, address: str | None = None, verbose
 
 def _read_environment() -> None:
     """Have Ray read its settings and its token again: `import ray`, by whoever came first, reads and keeps them."""
+    from ray import _raylet
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config
 
+    native: Any = _raylet
     constants: Any = ray_constants
     constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = constants.env_bool("RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)
     several = sys.platform not in ("win32", "darwin")  # without it, Ray's servers listen on loopback
     constants.ENABLE_RAY_CLUSTER = constants.env_bool("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", several)
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    native.Config.initialize("")
+    native.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _children(ray: Any) -> list[subprocess.Popen[bytes]]:
