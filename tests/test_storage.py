@@ -119,6 +119,24 @@ def test_object_storage_behaves_like_a_folder(bucket):
 
 
 @pytest.mark.s3
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_is_now(bucket, monkeypatch):
+    uri, later, size = f"{bucket}/status.json", [b"another length", b"and another one"], storage._remote_size
+    storage.write_bytes(uri, b"first")
+
+    def asked(uri):
+        found = size(uri)
+        if later:
+            storage.write_bytes(uri, later.pop(0))
+        return found
+
+    monkeypatch.setattr(storage, "_remote_size", asked)
+    assert storage.read_bytes(uri) == b"and another one"
+    monkeypatch.setattr(storage, "_remote_size", lambda uri: size(uri) + 1)
+    with pytest.raises(ResourceError, match="15 bytes came, 16 were announced"):
+        storage.read_bytes(uri)
+
+
+@pytest.mark.s3
 def test_parquet_is_read_through_open_input(bucket):
     import pyarrow as pa
     import pyarrow.parquet as pq

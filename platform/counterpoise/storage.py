@@ -56,6 +56,7 @@ class Limits:
 
 
 LIMITS = Limits()
+_LOOKS = 3  # at a file that others replace between our asking for its size and for its content
 _limits: ContextVar[Limits] = ContextVar("storage_limits", default=LIMITS)
 
 
@@ -153,13 +154,14 @@ def read_bytes(uri: str) -> bytes:
     if is_local(uri):
         with _local_errors(uri), open(local_path(uri), "rb") as file:
             return file.read()
-    num_bytes = _remote_size(uri)
-    if num_bytes == 0:
-        return b""
-    data = bytes(_remote(uri, "cat_file", num_bytes=num_bytes))
-    if len(data) != num_bytes:
-        raise ResourceError(f"{show(uri)}: {len(data):,} bytes came, {num_bytes:,} were announced")
-    return data
+    for _ in range(_LOOKS):
+        num_bytes = _remote_size(uri)
+        if num_bytes == 0:
+            return b""
+        data = bytes(_remote(uri, "cat_file", num_bytes=num_bytes))
+        if len(data) == num_bytes:
+            return data
+    raise ResourceError(f"{show(uri)}: {len(data):,} bytes came, {num_bytes:,} were announced")
 
 
 def read_text(uri: str) -> str:
