@@ -467,6 +467,13 @@ def test_a_log_that_broke_off_goes_on_where_it_was(submit: Any, server: JobServe
     assert err.count("connected again") >= 1
 
 
+def test_the_last_lines_are_printed_even_if_the_stream_ends_before_them(submit: Any, server: JobServer) -> None:
+    server.log = [f"line {i}\n" for i in range(6)]
+    server.unsent = 2
+    code, out, _ = submit(*TRAIN)
+    assert code == 0 and out == "".join(server.log)
+
+
 def test_a_cluster_that_has_forgotten_the_job_says_how_to_go_on(
     submit: Any, server: JobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

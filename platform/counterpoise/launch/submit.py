@@ -489,6 +489,9 @@ def follow(client: Any, job_id: str, write: Callable[[str], None], say: Say, pat
         try:
             asyncio.run(_tail(client, job_id, log))
             job = client.get_job_info(job_id)
+            if job.status.is_terminal():  # Ray may end the stream of a job's log before its last lines
+                log.again()
+                log(client.get_job_logs(job_id))
         except (Unreachable, aiohttp.ClientError, RuntimeError, OSError) as error:
             if "status code 404" in str(error) or getattr(error, "status", None) == 404:
                 raise ResourceError(
