@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -31,8 +32,6 @@ from typing import Any
 
 import psutil
 import pytest
-
-from counterpoise.launch.cluster import _token
 
 MARK = "COUNTERPOISE_TEST_NODE"  # in the environment of every process of a node
 START_S = 240.0  # many processes on a busy machine
@@ -143,7 +142,7 @@ class Nodes:
         self.dashboard = f"http://127.0.0.1:{board}"
         token = self._root / "token"
         with open(os.open(token, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(_token())  # Ray keeps the first one that a process uses
+            file.write(secrets.token_hex(32))
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONDONTWRITEBYTECODE"}
         self.environment = {
             **kept,

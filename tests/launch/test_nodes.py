@@ -16,11 +16,11 @@ import torch
 import yaml
 from tests.conftest import SECRET, new_folder, settings, write_corpus
 from tests.launch.nodes import Node, Nodes, as_client, wait_for
+from tests.launch.runs import same_bits, weights
 
 from counterpoise import storage
 from counterpoise.config import resolve
 from counterpoise.contracts import CounterpoiseError, Moved, NonFiniteLossError
-from counterpoise.engine import checkpoint
 from counterpoise.engine.job import Job
 from counterpoise.engine.local import run_local
 from counterpoise.engine.run import RunFolder
@@ -106,17 +106,6 @@ def blow(kind: str, step: int, rank: int = -1, spare: str = "", name: str = "") 
 
 def landed(job: Job, name: str) -> dict[str, Any]:
     return dict(RunFolder(job.run).read_json(f"logs/blow-{name}.json"))
-
-
-def weights(job: Job) -> dict[str, torch.Tensor]:
-    found = checkpoint.latest(RunFolder.open(job.run).checkpoints)
-    assert found is not None
-    return dict(found.tensors["model"])
-
-
-def same_bits(a: Job, b: Job) -> bool:
-    left, right = weights(a), weights(b)
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def close(a: Job, b: Job) -> bool:

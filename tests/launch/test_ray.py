@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from tests.launch.nodes import wait_for
+from tests.launch.runs import same_bits, weights
 
 from counterpoise.config import resolve
 from counterpoise.contracts import DataError, Interrupted, NonFiniteLossError
@@ -124,17 +125,6 @@ def ray(*jobs: Job, workers: int, **more: Any) -> list[Any]:
     return run_ray(jobs, workers=workers, **more)
 
 
-def weights(job: Job) -> dict[str, torch.Tensor]:
-    found = checkpoint.latest(RunFolder.open(job.run).checkpoints)
-    assert found is not None
-    return dict(found.tensors["model"])
-
-
-def same_bits(a: Job, b: Job) -> bool:
-    left, right = weights(a), weights(b)
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
 TIMES = ("time", "seconds", "data_wait_s", "samples_per_s", "wall_s", "data_wait_share", "run", "seq")
 
 
@@ -147,15 +137,6 @@ def facts(value: Any) -> Any:
 
 def records(job: Job, *kinds: str) -> list[Any]:
     return [facts(r) for r in RunFolder.open(job.run).records() if not kinds or r["kind"] in kinds]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 def test_one_ray_worker_does_what_this_process_does(ray_cluster: None, job: Callable[..., Job]) -> None:

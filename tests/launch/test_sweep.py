@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from tests.conftest import SECRET, Run, settings
+from tests.launch.nodes import wait_for
 
 from counterpoise.cli import main
 from counterpoise.engine import checkpoint
@@ -293,13 +294,6 @@ def command(place: Path, *arguments: str, wait: bool = True) -> Any:
         env=environment,
     )  # fmt: skip
     return (started, started.communicate(timeout=400)[0]) if wait else started
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 200) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_a_sweep_whose_command_is_killed_goes_on_to_the_same_result(

@@ -210,12 +210,6 @@ def _new_folder() -> str:
     return tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=root)
 
 
-@functools.cache
-def _token() -> str:
-    """The token of this process's clusters. Ray reads it once and keeps it, so a second one would be refused."""
-    return secrets.token_hex(32)
-
-
 @contextlib.contextmanager
 def _environment(folder: str | None) -> Iterator[None]:
     """Ray's settings in the environment while it runs. Credentials (AWS_*) reach its processes by inheritance.
@@ -226,7 +220,7 @@ def _environment(folder: str | None) -> Iterator[None]:
     if folder and not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         wanted["RAY_AUTH_TOKEN_PATH"] = os.path.join(folder, "token")
         with open(os.open(wanted["RAY_AUTH_TOKEN_PATH"], os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(_token())
+            file.write(secrets.token_hex(32))
     before = {name: os.environ.get(name) for name in (*wanted, "PYTHONDONTWRITEBYTECODE")}
     os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
     if folder:
