@@ -61,6 +61,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm-swapped": ("pair", {"method": {"name": "lfm", "schedule": "linear", "alignment": "swapped"}, "epochs": 6}),
     "mmcosine-product": ("pair", {"method": {"name": "mmcosine", "prediction": "product"}}),
     "agm-scale": ("pair", {"method": {"name": "agm", "mode": "scale", "head": "sum", "alpha": 0.5, "clip": None}}),
+    "aug-pictures-computed-again": (
+        "media",
+        {
+            "modalities": PICTURES,
+            "batch_size": 16,
+            "method": SMALL_AUG,
+            "compute": {"parts": 1, "channels_last": True},
+        },
+    ),
     "agm-pictures": ("media", {"modalities": PICTURES, "batch_size": 16, "method": SMALL["agm"]}),
     "agm-pictures-released": (
         "media",

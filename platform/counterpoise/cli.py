@@ -991,19 +991,43 @@ def methods_show(name: Annotated[str, typer.Argument(help="A method of `methods 
 def bench_step(
     encoder: Annotated[str, typer.Option(help="Encoder of both modalities.")] = "resnet18",
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    size: Annotated[int, typer.Option(min=8, help="Side of the square inputs, in pixels or bins.")] = 112,
+    audio: Annotated[str, typer.Option(metavar="FxT", help="Bins and columns of spectrograms.")] = "112x112",
+    image: Annotated[str, typer.Option(metavar="HxW", help="Height and width of pictures.")] = "112x112",
     classifiers: Annotated[
         list[int] | None, typer.Option(help="Classifiers of the weak modality. Repeatable.", show_default="1 and 11")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="CHECKOUT", help="Folder of the released AUG code; its step is timed too.")
+    ] = None,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="As compute.channels_last.")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16, as compute.precision.")] = "fp32",
+    compile: Annotated[str, typer.Option(help="off, default, ..., as compute.compile.")] = "off",
     rounds: Annotated[int, typer.Option(min=3)] = 20,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Time of AUG's step as a ratio to forward and backward of the encoders alone, alternating in one process."""
-    from counterpoise.bench.step import render, step_ratio
+    """Time of AUG's step as a ratio to forward and backward of the encoders alone, in turns in one command."""
+    from counterpoise.bench.step import render, shape, step_ratio
+    from counterpoise.models.compute import Compute
 
-    result = step_ratio(encoder, batch_size, size, tuple(classifiers or (1, 11)), rounds, threads, device)
+    chosen = {"channels_last": channels_last, "precision": precision, "compile": compile}
+    try:
+        compute = Compute(**chosen).model_dump()
+    except ValueError as error:
+        raise ConfigError(f"bench step: {str(error).splitlines()[1]} is not one of those choices") from None
+    result = step_ratio(
+        encoder,
+        batch_size,
+        shape("--audio", audio),
+        shape("--image", image),
+        tuple(classifiers or (1, 11)),
+        rounds,
+        threads,
+        device,
+        compute=compute,
+        against=against,
+    )
     print(json.dumps(result, indent=2) if as_json else render(result))
 
 

@@ -13,7 +13,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -24,20 +23,20 @@ from pydantic import (
     model_validator,
 )
 
+from counterpoise import plain
 from counterpoise.contracts import ConfigError, RefusedError
 from counterpoise.data.options import DataOptions
 from counterpoise.methods import METHODS, Method, MethodConfig
+from counterpoise.models.compute import Compute
 from counterpoise.models.encoders import ENCODERS, EncoderConfig
 from counterpoise.wording import did_you_mean, flatten
-
-MAX_FILE_BYTES = 1_000_000
 
 # Fields that say how fast, never what: they are no part of the digest and may differ on resume.
 HARMLESS = ("track", "data.cache", "data.cache_limit_gib", "data.decode_threads", "data.prefetch")
 # Fields that a resumed run may change when --allow-change names them; any other change is another run.
-CHANGEABLE = ("epochs", "optim.lr", "optim.schedule", "optim.weight_decay", "select", "data.bad_samples")
+CHANGEABLE = ("epochs", "optim.lr", "optim.schedule", "optim.weight_decay", "select", "data.bad_samples", "compute")
 # Fields that came later: saved, and in the digest, once they are set, so that older runs keep theirs.
-LATER = ("protocol", "preprocess")
+LATER = ("protocol", "preprocess", "compute")
 
 
 class _Section(BaseModel):
@@ -97,6 +96,7 @@ class Experiment(_Section):
         "best_valid",
         description="the epoch that is tested: best fused accuracy on valid (the first of equals), or the last",
     )
+    compute: Compute = Compute()
     data: DataOptions = DataOptions()
     track: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
         (), description="trackers that are told about the run, as with --track"
@@ -186,19 +186,15 @@ def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
 # --- reading
 
 
-# What PyYAML raises: its own errors, ValueError for 2020-13-45, RecursionError for a thousand brackets.
-_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
-
-
 def parse_set(text: str) -> tuple[str, Any]:
     """`a.b=value` as (key, value); the value is YAML, so numbers, lists and mappings work."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {text!r}: write it as key=value, e.g. --set optim.lr=0.05")
     try:
-        parsed = yaml.safe_load(value)
-    except _NOT_YAML as error:
-        raise ConfigError(f"--set {text!r}: the value is not valid YAML ({_first_line(error)})") from None
+        parsed = plain.read_yaml(value)
+    except plain.NotPlain as error:
+        raise ConfigError(f"--set {text[:200]!r}: the value is not valid YAML ({error})") from None
     if isinstance(parsed, str) and parsed == value.strip():  # YAML 1.1 takes 1e-3 for a word; quoted words stay
         with contextlib.suppress(ValueError):
             parsed = float(parsed)
@@ -230,8 +226,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         near = get_close_matches(file.name, [p.name for p in folder.glob("*.y*ml")], 1) if folder else []
         hint = f"; did you mean {file.parent / near[0]}?" if near else ""
         raise ConfigError(f"no experiment file {str(path)!r}{hint}")
-    if file.stat().st_size > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes, this is no experiment")
+    if file.stat().st_size > plain.MAX_YAML_BYTES:
+        raise ConfigError(f"{path}: larger than {plain.MAX_YAML_BYTES:,} bytes, this is no experiment")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -241,19 +237,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
     try:
-        aliases = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))
-        data = None if aliases else yaml.safe_load(text)
-    except _NOT_YAML as error:
-        raise ConfigError(f"{source}: not valid YAML: {_first_line(error)}") from None
-    if aliases:
-        raise ConfigError(f"{source}: YAML aliases are not allowed here")
+        data = plain.read_yaml(text)
+    except plain.NotPlain as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: an experiment is a mapping of keys to values")
     return data
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -253,6 +253,13 @@ class Comm(Protocol):
         """The sum of `tensor` over all workers, as a new tensor on the same device."""
         ...
 
+    def begin_gradients(self, kind: str) -> None:
+        """Say that one backward pass follows, and no other before `sum_gradients`: sums may begin while it goes on.
+
+        kind: passes of the same kind mostly fill the same gradients.
+        """
+        ...
+
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], extra: Tensor) -> Tensor:
         """Replace every gradient that is not None by its sum over all workers (losses are already shares).
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from counterpoise.config import Experiment
 from counterpoise.contracts import Comm, Interrupted
-from counterpoise.engine import loop
+from counterpoise.engine import buckets, loop
 from counterpoise.engine.comm import current_comm, join_group
 from counterpoise.engine.job import open_data
 from counterpoise.engine.run import RunFolder
@@ -137,13 +137,63 @@ def communicate(comm: Comm) -> dict[str, Any]:
     }
 
 
+def overlap(comm: Comm) -> list[dict[str, Any]]:
+    """Passes of one kind whose gradients are summed in buckets of one parameter, each with what it ought to give.
+
+    The third pass fills others than the one before it, the fifth has a parameter that was not there.
+    """
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(4))
+    sent: list[bool] = []  # for every message, whether the backward pass was still under way
+    under_way = False
+    all_reduce = torch.distributed.all_reduce
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        sent.append(under_way)
+        return all_reduce(*args, **kwargs)
+
+    found = []
+    buckets.BUCKET_BYTES, before = 64, buckets.BUCKET_BYTES
+    torch.distributed.all_reduce = noted
+    try:
+        for number in range(6):
+            if number == 4:
+                layers.append(nn.Linear(4, 4, bias=False))
+            x = torch.full((2, 4), 1.0 + comm.rank + number)
+            for index, layer in enumerate(layers):
+                x = x if number == 2 and index == 1 else layer(x)
+            layers.zero_grad()
+            comm.begin_gradients("joint")
+            under_way = True
+            x.sum().backward()
+            under_way = False
+            local = [None if layer.weight.grad is None else layer.weight.grad.clone() for layer in layers]
+            extra = comm.sum_gradients(list(layers.parameters()), torch.tensor([1.0, comm.rank]))
+            messages = list(sent)
+            wanted = [None if g is None else comm.sum(g) for g in local]
+            found.append(
+                {
+                    "gradients": [layer.weight.grad for layer in layers],
+                    "wanted": wanted,
+                    "extra": extra,
+                    "during": sum(messages),
+                    "after": len(messages) - sum(messages),
+                }
+            )
+            sent.clear()
+    finally:
+        torch.distributed.all_reduce = all_reduce
+        buckets.BUCKET_BYTES = before
+    return found
+
+
 def main(jobs: str, out: str) -> None:
     torch.set_num_threads(1)
     loop.CONTROL_INTERVAL_S = 0.0
     os.fsync = lambda _: None  # type: ignore[assignment]
     join_group(torch.device("cpu"), timeout_s=60)
     comm = current_comm()
-    found: dict[str, Any] = {"norm": normalise(comm), "comm": communicate(comm)}
+    found: dict[str, Any] = {"norm": normalise(comm), "comm": communicate(comm), "overlap": overlap(comm)}
     for name, job in json.loads(Path(jobs).read_text()).items():
         found[name] = train(job, comm)
     torch.save(found, Path(out) / f"rank-{os.environ['RANK']}.pt")

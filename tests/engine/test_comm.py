@@ -37,6 +37,18 @@ def test_gradients_are_summed_and_missing_ones_stay_missing(two_ranks: Ranks) ->
         assert seen["comm"]["extra"].tolist() == [1, 1]
 
 
+def test_gradients_are_summed_while_others_are_made_and_the_sums_are_those_of_one_message(two_ranks: Ranks) -> None:
+    for seen in two_ranks:
+        for number, step in enumerate(seen["overlap"]):
+            assert step["extra"].tolist() == [2, 1]
+            for found, wanted in zip(step["gradients"], step["wanted"], strict=True):
+                assert (found is None) == (wanted is None) == (number == 2 and wanted is None)
+                assert wanted is None or found.equal(wanted)
+        messages = [(step["during"], step["after"]) for step in seen["overlap"]]
+        # One message for each of 4 parameters, 3 of them early; a pass that fills others is sent again.
+        assert messages == [(0, 4), (3, 1), (2, 3), (2, 4), (3, 5), (4, 1)]
+
+
 def test_objects_and_tensors_come_from_rank_0(two_ranks: Ranks) -> None:
     for seen in two_ranks:
         assert seen["comm"]["broadcast"] == {"from": 0, "none": None}

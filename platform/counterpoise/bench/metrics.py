@@ -79,7 +79,7 @@ def _warn(text: str) -> None:
 
 
 def _step_cost(root: str, seconds: float, rounds: int) -> dict[str, Any]:
-    train, trainer = aug_step(OneBatch(64, 32), "cnn", 3, torch.device("cpu"), root)
+    train, trainer = aug_step(OneBatch(64, (32, 32), (32, 32)), "cnn", 3, torch.device("cpu"), root)
     assert trainer.folder is not None
     with trainer.folder:
         return _in_turns(root, train, trainer, trainer.folder, seconds, rounds)

@@ -1,25 +1,29 @@
-"""`counterpoise bench`: measurements of our own step, both sides in one process, alternating."""
+"""`counterpoise bench step`: AUG's update against its encoders alone, and against the released code's, in turns."""
 
 from __future__ import annotations
 
-import os
-import platform
+import contextlib
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
+from counterpoise.bench.machine import Side, Spread, machine, machine_line
+from counterpoise.bench.released_step import check_checkout
+from counterpoise.bench.released_step import make as make_released
 from counterpoise.config import Experiment
-from counterpoise.contracts import LABEL, ROW, Batch, InputSpec
+from counterpoise.contracts import LABEL, ROW, Batch, ConfigError, InputSpec
 from counterpoise.engine.comm import SingleComm
 from counterpoise.engine.loop import RunOptions, Trainer
 from counterpoise.engine.run import RunFolder
 from counterpoise.start import Settings
 
 CLASSES = 6
+ENCODERS, RELEASED = "encoders alone", "released AUG"
 
 
 class OneBatch:
@@ -30,11 +34,11 @@ class OneBatch:
     fingerprint = "random"
     selects_on: Literal["valid", "test"] = "valid"
 
-    def __init__(self, batch_size: int, size: int) -> None:
+    def __init__(self, batch_size: int, audio: tuple[int, int], image: tuple[int, int]) -> None:
         generator = torch.Generator().manual_seed(0)
         self.inputs: Mapping[str, InputSpec] = {
-            "audio": InputSpec("audio", (1, size, size)),
-            "visual": InputSpec("image", (3, size, size)),
+            "audio": InputSpec("audio", (1, *audio)),
+            "visual": InputSpec("image", (3, *image)),
         }
         self.batch: Batch = {
             name: torch.randn(batch_size, *spec.shape, generator=generator) for name, spec in self.inputs.items()
@@ -71,24 +75,53 @@ class OneBatch:
 
 
 def step_ratio(
-    encoder: str, batch_size: int, size: int, classifiers: Sequence[int], rounds: int, threads: int | None, device: str
+    encoder: str,
+    batch_size: int,
+    audio: tuple[int, int],
+    image: tuple[int, int],
+    classifiers: Sequence[int],
+    rounds: int,
+    threads: int | None,
+    device: str,
+    *,
+    compute: Mapping[str, Any] | None = None,
+    against: str | None = None,
 ) -> dict[str, Any]:
     """Times of AUG's whole update of a batch (all modalities, optimizer and statistics included), for each number of
     classifiers on the weak modality, as ratios to forward and backward of the same encoders alone.
 
-    Every round times the encoders and then every variant; ratios are formed within a round.
+    compute: how encoders compute, the encoders alone too. against: a checkout of the released code, whose step is
+    timed as well, in a process of its own. Every round times every side; ratios are formed within a round.
     """
     settings = Settings(device=device, threads=threads)
     place = torch.device(settings.resolved_device)
     torch.set_num_threads(settings.resolved_threads)
-    data = OneBatch(batch_size, size)
-    with tempfile.TemporaryDirectory() as root:
-        steps = {n: aug_step(data, encoder, n, place, root) for n in classifiers}
+    facts = machine()
+    data = OneBatch(batch_size, audio, image)
+    with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
+        steps = {n: aug_step(data, encoder, n, place, root, compute) for n in classifiers}
         trainer = steps[classifiers[0]][1]
         batch = {name: tensor.to(place) for name, tensor in data.batch.items()}
         floor = _encoder_floor(trainer, batch)
-        variants: dict[str, Callable[[], None]] = {"encoders alone": floor}
-        variants |= {f"AUG, {n} classifier{'s' if n > 1 else ''}": step for n, (step, _) in steps.items()}
+        variants: dict[str, Callable[[], float]] = {ENCODERS: lambda: _timed(floor, place)}
+        for n, (step, _) in steps.items():
+            variants[_named("AUG", n)] = partial(_timed, step, place)
+        if against:
+            if encoder != "resnet18":
+                raise ConfigError(f"--against: the released code has resnet18 encoders, not {encoder}")
+            spec = {
+                "place": check_checkout(against),
+                "classes": CLASSES,
+                "audio": data.batch["audio"].squeeze(1),
+                "image": data.batch["visual"],
+                "label": data.batch[LABEL],
+                "classifiers": list(classifiers),
+                "device": str(place),
+                "threads": torch.get_num_threads(),
+            }
+            released = stack.enter_context(contextlib.closing(Side("released step", make_released, spec)))
+            for n in classifiers:
+                variants[_named(RELEASED, n)] = partial(released.ask, n)
         for run in variants.values():  # warm up
             run()
             run()
@@ -96,40 +129,51 @@ def step_ratio(
         for index in range(rounds):
             names = list(variants)
             for name in names[index % len(names) :] + names[: index % len(names)]:
-                times[name].append(_timed(variants[name], place))
-    base = times["encoders alone"]
-    result: dict[str, Any] = {
+                times[name].append(variants[name]())
+    rows = []
+    for name, values in times.items():
+        row = {"what": name, "median_s": statistics.median(values), "to_encoders": _ratios(values, times[ENCODERS])}
+        rival = times.get(name.replace("AUG", RELEASED)) if name.startswith("AUG") else None
+        rows.append(row | ({"times_faster": _ratios(rival, values)} if rival else {}))
+    return {
         "encoder": encoder,
         "batch_size": batch_size,
-        "size": size,
+        "audio": list(audio),
+        "image": list(image),
+        "compute": dict(compute or {}),
         "rounds": rounds,
         "device": str(place),
         "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "rows": [],
+        "machine": facts,
+        "rows": rows,
     }
-    for name, values in times.items():
-        ratios = sorted(value / floor_time for value, floor_time in zip(values, base, strict=True))
-        result["rows"].append(
-            {
-                "what": name,
-                "median_s": statistics.median(values),
-                "ratio": statistics.median(ratios),
-                "ratio_quartiles": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
-            }
-        )
-    return result
+
+
+def shape(option: str, text: str) -> tuple[int, int]:
+    """The two numbers of 257x1250."""
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdigit() and 8 <= int(side) <= 8192 for side in sides):
+        raise ConfigError(f"{option} is {text!r}; write two numbers from 8 to 8192, e.g. 257x1250")
+    return int(sides[0]), int(sides[1])
+
+
+def _named(side: str, classifiers: int) -> str:
+    return f"{side}, {classifiers} classifier{'s' if classifiers > 1 else ''}"
+
+
+def _ratios(values: Sequence[float], to: Sequence[float]) -> dict[str, float]:
+    return Spread.of([value / other for value, other in zip(values, to, strict=True)]).to_json()
 
 
 def aug_step(
-    data: OneBatch, encoder: str, count: int, device: torch.device, root: str
+    data: OneBatch, encoder: str, count: int, device: torch.device, root: str, compute: Mapping[str, Any] | None = None
 ) -> tuple[Callable[[], None], Trainer]:
     experiment = Experiment(
         corpus="bench",
         modalities={name: encoder for name in data.modalities},
         method={"name": "aug", "assign": "fixed", "classifiers": {"visual": count}},
         batch_size=len(data.batch[ROW]),
+        compute=dict(compute or {}),
     )
     folder = RunFolder.create(root, f"aug-{count}", experiment_text="", provenance={}, manifest={})
     trainer = Trainer(experiment, data, SingleComm(), folder, RunOptions(device=str(device)))
@@ -139,14 +183,16 @@ def aug_step(
 
 
 def _encoder_floor(trainer: Trainer, batch: Batch) -> Callable[[], None]:
-    encoders = {name: trainer.net.encoders[name] for name in trainer.net.modalities}
+    """Forward and backward of the encoders, computed as in training."""
+    net = trainer.net
+    encoders = {name: net.encoders[name] for name in net.modalities}
     weights = {name: torch.randn(e.width, device=batch[name].device) for name, e in encoders.items()}  # type: ignore[call-overload]
 
     def run() -> None:
         for name, encoder in encoders.items():
             for parameter in encoder.parameters():
                 parameter.grad = None
-            (encoder(batch[name]) @ weights[name]).mean().backward()
+            (net.encode(name, batch[name]) @ weights[name]).mean().backward()
 
     return run
 
@@ -162,12 +208,20 @@ def _timed(run: Callable[[], None], device: torch.device) -> float:
 
 
 def render(result: dict[str, Any]) -> str:
-    head = (
-        f"{result['encoder']} twice, batch {result['batch_size']}, inputs {result['size']} x {result['size']}, "
-        f"{result['rounds']} rounds in turn on {result['device']} ({result['machine']}, {result['threads']} threads)"
-    )
-    lines = [head, f"{'':22}  median    ratio to encoders alone (quartiles)"]
+    shapes = ", ".join(f"{name} {' x '.join(map(str, result[name]))}" for name in ("audio", "image"))
+    how = ", ".join(f"{key} {value}" for key, value in result["compute"].items())
+    lines = [
+        f"{result['encoder']} twice, batch {result['batch_size']}, {shapes}{f', {how}' if how else ''}; "
+        f"{result['rounds']} rounds in turn on {result['device']}, {result['threads']} threads",
+        machine_line(result["machine"]),
+        f"{'':30}  {'median':>10}  ratio to encoders alone  times faster than released",
+    ]
     for row in result["rows"]:
-        low, high = row["ratio_quartiles"]
-        lines.append(f"{row['what']:22}  {row['median_s'] * 1e3:7.1f} ms  {row['ratio']:.3f} ({low:.3f} to {high:.3f})")
+        faster = _spread(row["times_faster"]) if "times_faster" in row else ""
+        seconds = f"{row['what']:30}  {row['median_s'] * 1e3:7.1f} ms"
+        lines.append(f"{seconds}  {_spread(row['to_encoders']):23}  {faster}".rstrip())
     return "\n".join(lines)
+
+
+def _spread(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"

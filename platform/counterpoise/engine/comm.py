@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from counterpoise.engine.buckets import GradientSums
+
 
 class SingleComm:
     """One worker: every collective is the identity."""
@@ -21,6 +23,9 @@ class SingleComm:
 
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor.clone()
+
+    def begin_gradients(self, kind: str) -> None:
+        pass
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], extra: Tensor) -> Tensor:
         return extra.clone()
@@ -44,25 +49,19 @@ class TorchComm:
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
+        self._gradients = GradientSums()
 
     def sum(self, tensor: Tensor) -> Tensor:
         result = tensor.detach().clone()
         dist.all_reduce(result)
         return result
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter], extra: Tensor) -> Tensor:
-        """Sum all gradients that are there in one flat all-reduce; `extra` [n] rides along and its sum comes back.
+    def begin_gradients(self, kind: str) -> None:
+        self._gradients.begin(kind)
 
-        Which gradients are there is the same on every worker, since all run the same phases in the same order.
-        """
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([*(g.reshape(-1) for g in gradients), extra.to(torch.float32)])
-        dist.all_reduce(flat)
-        offset = 0
-        for gradient in gradients:
-            gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
-            offset += gradient.numel()
-        return flat[offset:]
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], extra: Tensor) -> Tensor:
+        """Which gradients are there is the same on every worker, since all run the same phases in the same order."""
+        return self._gradients.finish(parameters, extra)
 
     def broadcast(self, value: Any) -> Any:
         box = [value]

@@ -52,7 +52,7 @@ def encode_run(run: str, split: str = "test", most: int = 600, seed: int = 0, de
             batch = to_device(raw, place)
             parts[LABEL].append(batch[LABEL].cpu().numpy())
             for name in net.modalities:
-                parts[name].append(net.encoders[name](batch[name]).float().cpu().numpy())
+                parts[name].append(net.encode(name, batch[name]).cpu().numpy())
         if not parts[LABEL]:
             raise DataError(f"corpus {experiment.corpus}: no chosen sample of {split} could be decoded")
         found = {name: np.concatenate(values) for name, values in parts.items()}

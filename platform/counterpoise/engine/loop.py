@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,8 +60,10 @@ from counterpoise.engine.optim import (
 )
 from counterpoise.engine.probe import probe_logits, with_probes
 from counterpoise.engine.run import RunFolder
+from counterpoise.engine.watchdog import WINDOW, Pace, Watch
 from counterpoise.functional import accuracy_gap, derived_seed
 from counterpoise.methods import METHODS, Method, Setting
+from counterpoise.models.compute import prepare
 from counterpoise.models.encoders import DEFAULT_ENCODERS, EncoderConfig
 from counterpoise.models.network import MultimodalNet, build_network
 from counterpoise.models.norm import BATCH_NORMS, has_batch_norm, synchronise_batch_norm
@@ -81,6 +84,7 @@ class RunOptions:
     on_epoch: Callable[[Progress], None] | None = None  # after every epoch but the last, and its checkpoint; may raise
     move: Callable[[], str | None] | None = None  # rank 0's wish to go on with other workers, and why: `Moved`
     after: str = ""  # why this is a continuation, for the records
+    watch: Watch = field(default_factory=Watch)  # gets to know what this worker is doing
 
 
 @dataclass
@@ -162,7 +166,8 @@ def make_network(
 
     pretrained: False leaves weights of files unread, for a network whose weights come from a checkpoint.
     """
-    net = build_network(data.inputs, encoder_configs(experiment, data), method.head, experiment.seed, pretrained)
+    configs = encoder_configs(experiment, data)
+    net = build_network(data.inputs, configs, method.head, experiment.seed, pretrained, experiment.compute)
     method.attach(net)
     return net
 
@@ -186,17 +191,20 @@ class Trainer:
         self.options = options
         self.device = torch.device(options.device)
         self.method = make_method(experiment, data, comm)
+        self.one_backward = type(self.method).backward is Method.backward
         self.net = make_network(experiment, data, self.method)
         self.local_statistics = comm.world > 1 and experiment.batch_norm == "local" and has_batch_norm(self.net)
         if comm.world > 1 and experiment.batch_norm == "sync":
             synchronise_batch_norm(self.net, comm)
         self.net.to(self.device)
+        prepare(self.net.encoders, experiment.compute)
         self.optimizer = self._new_optimizer()
         self.plan = epoch_plan(self.method.stages())
         self.clock = schedule_clock(self.plan)
         self.before_aside: dict[str, dict[str, Tensor]] | None = None  # what a stage aside will be undone to
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.bounds = list(data.bounds())
+        self._check_parts()
         self.progress = Progress()
         self.sums = Accumulator(self.device)
         self.rng = torch.Generator()
@@ -206,6 +214,24 @@ class Trainer:
         self._last_save = self._session_start = time.monotonic()
         self._saved: dict[str, float] | None = None  # the last checkpoint of this session
         self._batches_here = 0
+        self.watch = options.watch
+        self.pace = Pace()
+        self._paced = 0  # the step after which workers were last compared
+
+    def _check_parts(self) -> None:
+        """Every worker must have a row for every part of every batch, and no statistics may depend on workers."""
+        parts = self.experiment.compute.parts
+        if parts > 1 and self.experiment.batch_norm == "sync" and has_batch_norm(self.net):
+            raise ConfigError(
+                f"compute.parts is {parts}, and batch normalisation takes its statistics from a part, which rows share "
+                "one depends on the number of workers: choose compute.parts=1, or say batch_norm=local"
+            )
+        smallest = min(end - start for start, end in pairwise(self.bounds)) // self.comm.world
+        if parts > smallest:
+            raise ConfigError(
+                f"compute.parts is {parts}, but a worker has {smallest} samples of the smallest batch; "
+                "choose fewer parts"
+            )
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return build_optimizer(self.experiment.optim, self.net, self.method.lr_groups(self.net))
@@ -250,6 +276,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=not self.experiment.optim.legacy_zero_grad_step)
             out = self.method.forward(self.net, batch, step)
             losses = self.method.losses(out, batch, step)
+            if self.one_backward:
+                self.comm.begin_gradients(phase)
             self.method.backward(self.net, losses, step)
             local = torch.stack([loss.detach() for loss in losses.values()]) * step.share
             values = self.comm.sum_gradients(self.parameters, local)
@@ -275,7 +303,8 @@ class Trainer:
             if bad:
                 broken = [name for name, ok in zip(names, torch.isfinite(values).tolist(), strict=True) if not ok]
                 culprits = self.comm.gather(_first_non_finite(self.net, out, batch))
-                raise NonFiniteLossError(self._non_finite_text(broken, phase, culprits or []))
+                text = self._non_finite_text(f"loss {', '.join(broken)}", phase, culprits or [])
+                raise NonFiniteLossError(text)
         else:
             now = torch.full_like(self.bad_step, self.progress.step)
             self.bad_step = torch.where((self.bad_step < 0) & bad, now, self.bad_step)
@@ -284,14 +313,23 @@ class Trainer:
         if self.device.type != "cpu" and int(self.bad_step) >= 0:
             broken = [n for n, m in self.net.encoders.items() if not _finite_parameters(m)]
             culprits = [f"weights of the {name} encoder" for name in broken]
-            raise NonFiniteLossError(self._non_finite_text(["loss"], "", culprits, int(self.bad_step)))
+            raise NonFiniteLossError(self._non_finite_text("loss", "", culprits, int(self.bad_step)))
 
-    def _non_finite_text(self, names: list[str], phase: str, culprits: list[Any], step: int | None = None) -> str:
+    def _check_weights(self) -> None:
+        """Weights that are not finite are never kept: a gradient can be broken where the loss was not."""
+        parameters = dict(self.net.named_parameters())
+        if bool(torch.stack([torch.isfinite(p).all() for p in parameters.values()]).all()):
+            return
+        broken = [f"{name} encoder" for name, m in self.net.encoders.items() if not _finite_parameters(m)]
+        broken += [name for name, p in parameters.items() if not torch.isfinite(p).all()]
+        raise NonFiniteLossError(self._non_finite_text("a weight", "", [broken[0]], max(self.progress.step - 1, 0)))
+
+    def _non_finite_text(self, what: str, phase: str, culprits: list[Any], step: int | None = None) -> str:
         found = next((c for c in culprits if c), None)
         kept = checkpoint.committed(self.folder.checkpoints) if self.folder is not None else []
         where = f"epoch {self.progress.epoch}, step {self.progress.step if step is None else step}"
         return (
-            f"loss {', '.join(names)} is not finite in {where}"
+            f"{what} is not finite in {where}"
             + (f", phase {phase}" if phase and phase != "joint" else "")
             + (f"; first seen in the {found}" if found else "")
             + (f"; checkpoint {kept[-1]} is kept" if kept else "")
@@ -341,6 +379,7 @@ class Trainer:
                     "seed": self.experiment.seed,
                 }
             )
+        self.watch.at(self.progress.step)
         self._status(force=True)
 
     def _train_epoch(self) -> None:
@@ -365,6 +404,8 @@ class Trainer:
             progress.batch += 1
             progress.step += 1
             self._batches_here += 1
+            self.watch.end_step()
+            self.watch.at(progress.step)
             now = time.perf_counter()
             progress.train_s += now - clock
             if progress.batch < num_batches:
@@ -412,6 +453,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         progress, experiment = self.progress, self.experiment
         self._check_finite()
+        self._check_weights()
         if self.local_statistics:
             average_statistics(self.net, self.comm)
         self.method.before_evaluation(self.net, self._context())
@@ -423,6 +465,8 @@ class Trainer:
             valid = evaluate(self.net, self.method, self.data, "valid", self.comm, self.device)
             self._collect_skipped()
             self._check_count("valid", valid.samples)
+            if math.isnan(valid.loss):  # infinite is what a confident mistake costs; this is no number
+                raise NonFiniteLossError(self._non_finite_text("loss on valid", "", [_without_number(valid)]))
         stage, stage_epoch = self.plan[progress.epoch - 1]
         progress.history.append(EpochStats(progress.epoch, train, valid, stage.name))
         accuracy = valid.accuracy["fused"] if valid else 0.0
@@ -468,6 +512,7 @@ class Trainer:
             "coefficients": coefficients,
             "best_epoch": progress.best_epoch,
             "seconds": seconds,
+            **({"rank_step_s": self.pace.seconds} if self.pace.seconds else {}),
             "data_wait_s": progress.data_wait_s - progress.epoch_start[1],
             "samples_per_s": train.samples / seconds if seconds > 0 else 0.0,
         }
@@ -518,7 +563,9 @@ class Trainer:
         message = self.comm.broadcast(message)
         self._control_in = message["next"]
         if message["save"]:
+            self._check_weights()
             self._save()
+        self._compare_pace()
         finished = self.progress.epoch > self.epochs
         if message["move"]:
             self._status(force=True)
@@ -533,6 +580,15 @@ class Trainer:
                 f"after step {self.progress.step}; a checkpoint is written, continue with --resume"
             )
         self._status()
+
+    def _compare_pace(self) -> None:
+        """Now and then, all workers at once: who needs longer for a step than the others?"""
+        if self.comm.world == 1 or self.progress.step - self._paced < WINDOW:
+            return
+        self._paced = self.progress.step
+        seconds = self.comm.gather(self.watch.take_own())
+        for event in self.pace.compare(seconds) if seconds is not None else ():
+            self._record({"kind": "event", **event, **self._where()})
 
     def _where(self) -> dict[str, int]:
         return {"epoch": self.progress.epoch, "batch": self.progress.batch, "step": self.progress.step}
@@ -567,6 +623,7 @@ class Trainer:
                 "train_s": progress.train_s,
                 "data_wait_s": progress.data_wait_s,
                 "checkpoint": self._saved,
+                **({"rank_step_s": self.pace.seconds} if self.pace.seconds else {}),
             },
             force=force,
         )
@@ -612,7 +669,8 @@ class Trainer:
             tensors[f"aside-{kind}"] = values
         name = f"step-{self.progress.step:08d}"
         began = time.monotonic()
-        checkpoint.save(self.folder.checkpoints, name, tensors, self._state() | {"sums": sums})
+        with self.watch.waiting("writing a checkpoint"):
+            checkpoint.save(self.folder.checkpoints, name, tensors, self._state() | {"sums": sums})
         self._last_save = time.monotonic()
         seconds = self._last_save - began
         self._saved = {"time": time.time(), "seconds": seconds, "step": self.progress.step}
@@ -626,7 +684,8 @@ class Trainer:
                 "classifiers": self.method.num_classifiers(self.net),
             }
             name, model = f"epoch-{self.progress.epoch:05d}", dict(self.net.state_dict())
-            place = checkpoint.save(self.folder.best, name, {"model": model}, state, keep=3)
+            with self.watch.waiting("writing the best epoch"):
+                place = checkpoint.save(self.folder.best, name, {"model": model}, state, keep=3)
             self.progress.best_name = place.rstrip("/").rsplit("/", 1)[-1]
 
     def _restore(self) -> bool:
@@ -756,6 +815,11 @@ def _merge_sums(sums: list[dict[str, float]], rank: int) -> dict[str, float]:
             else:
                 merged[name] = 0.0
     return merged
+
+
+def _without_number(stats: SplitStats) -> str | None:
+    """The first modality whose scores are no numbers."""
+    return next((f"predictions of {name}" for name, score in stats.scores.items() if math.isnan(score)), None)
 
 
 def _finite_parameters(module: nn.Module) -> bool:

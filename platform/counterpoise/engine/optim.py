@@ -85,4 +85,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module, saved
     for key, value in saved.items():
         entry, name = key.split(":", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][entry] = value.to(parameter.device).clone()
+        # Fused optimizers want moments laid out in memory as their parameter.
+        like = parameter if value.shape == parameter.shape else value
+        optimizer.state[parameter][entry] = torch.empty_like(like, dtype=value.dtype, device=parameter.device).copy_(
+            value
+        )

@@ -144,7 +144,7 @@ class AGM(Method[AGMConfig]):
     def _zeros(self, net: MultimodalNet, batch: Batch) -> dict[str, Tensor]:
         """Features [B, D_m] of inputs of zeros."""
         return {
-            m: net.encoders[m](batch[m].new_zeros(1, *batch[m].shape[1:])).expand(len(batch[m]), -1)
+            m: net.encode(m, batch[m].new_zeros(1, *batch[m].shape[1:])).expand(len(batch[m]), -1)
             for m in self.modalities
         }
 

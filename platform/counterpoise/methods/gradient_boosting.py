@@ -218,7 +218,7 @@ class GradientBoosting(Method[GradientBoostingConfig]):
         head = _head(net)
         extra: dict[str, Tensor] = {}
         with evaluating(net):
-            features = {m: net.encoders[m](batch[m]) for m in self.modalities}
+            features = {m: net.encode(m, batch[m]) for m in self.modalities}
             unimodal = {m: head.logits(m, u, head.rounds[m] - (m in self.boosted)) for m, u in features.items()}
         for name in self.boosted:
             before, newest = unimodal[name], head.booster(name, head.rounds[name], features[name])

@@ -190,7 +190,7 @@ class MAIE(Method[MAIEConfig]):
         sums = [torch.zeros_like(layer.damping, dtype=torch.float64) for layer in layers]
         with evaluating(net):
             for batch in context.batches("train"):
-                x = net.encoders[name](batch[name])
+                x = net.encode(name, batch[name])
                 for layer in head.classifiers[name].children():
                     if isinstance(layer, DampingLinear):
                         mean = x.mean(dim=0).double()

@@ -43,7 +43,7 @@ class GlobalBatchNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
-    num_batches_tracked: Tensor
+    num_batches_tracked: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -53,17 +53,18 @@ class GlobalBatchNorm(nn.Module):
         # Moments about the running mean, which all workers share: without a shift, E[x^2] - E[x]^2 loses digits.
         shift = self.running_mean.clone()
         centred = x - shift.view(shape)
-        count = x.new_full((1,), x.numel() / x.shape[1])
+        count = centred.new_full((1,), x.numel() / x.shape[1])
         sums = _SumOverWorkers.apply(torch.cat([centred.sum(axes), centred.square().sum(axes), count]), self.comm)
         total = sums[-1].detach()
         mean, square = (sums[:-1] / total).chunk(2)
         variance = square - mean.square()
         with torch.no_grad():
-            self.num_batches_tracked += 1
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
             self.running_mean.lerp_(mean + shift, self.momentum)
             self.running_var.lerp_(variance * total / (total - 1).clamp(min=1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+        return ((centred - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, GlobalBatchNorm)

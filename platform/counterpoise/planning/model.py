@@ -3,7 +3,8 @@ corpus grows. Everything is a function of a `Workload` and `Facts`; nothing is m
 
     operation   max(FLOPs / (share * peak), bytes / (share * bandwidth)); all of them, or the time to issue them
     all-reduce  start + hops * latency + 2 (n - 1) / n * bytes / bandwidth (ring), or twice the depth of a tree
-    step        operations + all-reduces + optimizer (the loop overlaps none of them) + waiting for input
+    step        operations + all-reduces + optimizer + waiting for input: an upper bound, since the
+                loop sends gradients while the backward pass goes on
     failures    M e^(R / M) (e^((t + c) / M) - 1) / t: time per time of work (Daly 2006), for failures every M seconds,
                 restarts of R and checkpoints of c every t
 """

@@ -74,7 +74,7 @@ def _step(plan: Mapping[str, Any]) -> list[str]:
     parts += [("packing", "packing", "copying gradients into one message and back"), ("optimizer", "optimizer", "")]
     parts += [("waiting for input", "wait", source["bound"] if source["streams"] and step["wait"] else "")]
     said = {
-        "gradients": f"{quantity(work['all_reduce_bytes'], 'B')} in all messages, not overlapped",
+        "gradients": f"{quantity(work['all_reduce_bytes'], 'B')} in all messages, as if none were sent during backward",
         "small messages": f"{_plural(work['all_reduces'], 'all-reduce')} a step with those of gradients"
         + ("; two per layer of synchronised batch normalisation" if work["batch_norm"] == "sync" else ""),
     }
