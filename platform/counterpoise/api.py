@@ -117,7 +117,8 @@ def train(
     from counterpoise.start import Settings, check_same_data, make_job, new_run, preview, reopen, run_jobs
     from counterpoise.telemetry.track import chosen
 
-    settings = Settings(device=device, threads=threads, track=chosen(track))
+    # A process that is not ours is not ended, whatever hangs in it.
+    settings = Settings(device=device, threads=threads, track=chosen(track), hang_s=None)
     resolved, provenance = _resolved(source, sets)
     if resume:
         if name is None:

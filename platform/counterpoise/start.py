@@ -28,6 +28,7 @@ from counterpoise.engine.comm import SingleComm
 from counterpoise.engine.job import Job, chosen_device, open_data
 from counterpoise.engine.loop import encoder_configs, make_method, make_network
 from counterpoise.engine.run import EXPERIMENT, MANIFEST, RunFolder, check_name
+from counterpoise.engine.watchdog import STEP_S
 from counterpoise.storage import join
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Settings:
     wait_s: float | None = None  # for room for the workers; None: as `run_ray` has it
     verbose: bool = False
     track: tuple[str, ...] = ()  # trackers, beside those of the experiment
+    hang_s: float | None = STEP_S  # a worker whose step takes longer is ended and started again; None or 0: never
 
     @property
     def span(self) -> str:
@@ -247,6 +249,7 @@ def make_job(seen: Preview, folder: RunFolder, resume: bool = False) -> Job:
         threads=seen.settings.resolved_threads,
         device=str(seen.settings.device),
         data=seen.state,
+        hang_s=seen.settings.hang_s,
     )
 
 
@@ -398,7 +401,7 @@ def run_jobs(
 
             for job in (job for job in jobs if job.resume):
                 RunFolder.open(job.run).await_lock(tell=_tell)
-            return run_local(jobs, settings.workers, stop)
+            return run_local(jobs, settings.workers, stop, settings.max_failures, _tell)
     except Interrupted as error:
         error.exit_code = stop.exit_code
         raise

@@ -36,7 +36,7 @@ Ranks = tuple[dict[str, Any], dict[str, Any]]
 Finished = Callable[[str], Done]
 NAMES = list(CASES)
 SHARED = [name for name in NAMES if name not in ALONE]
-TIMES = ("time", "seconds", "data_wait_s", "samples_per_s", "wall_s", "data_wait_share", "run", "seq")
+TIMES = ("time", "seconds", "data_wait_s", "samples_per_s", "wall_s", "data_wait_share", "run", "seq", "rank_step_s")
 
 
 @pytest.fixture(autouse=True)

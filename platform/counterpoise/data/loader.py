@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -75,6 +75,7 @@ class LocalData:
         self._cache: dict[str, tuple[dict[str, np.ndarray], np.ndarray]] = {}
         self._bad: dict[str, dict[int, dict[str, Any]]] = {}
         self._unreported: list[dict[str, Any]] = []
+        self.on_progress: Callable[[], None] = lambda: None  # called while the cache is filled
 
     # Facts
 
@@ -223,6 +224,7 @@ class LocalData:
         good = np.zeros(num_rows, dtype=bool)
         with closing(self._decoded_rows(split)) as decoded:
             for part in decoded:
+                self.on_progress()
                 self._note(split, part.skipped)
                 for name, values in part.arrays.items():
                     arrays[name][part.rows] = values

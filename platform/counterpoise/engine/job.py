@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,8 +15,22 @@ from counterpoise.contracts import Comm, ConfigError, CounterpoiseError, DataSou
 from counterpoise.data.card import Card, load_card
 from counterpoise.data.loader import LocalData
 from counterpoise.engine.loop import Progress, RunOptions, Trainer
+from counterpoise.engine.memory import explained
 from counterpoise.engine.run import RunFolder
+from counterpoise.engine.watchdog import Watch, guarded, watched_comm, watched_data
 from counterpoise.methods import METHODS
+
+# How collectives of gloo and NCCL say that a peer is gone.
+_PEER_GONE = (
+    "connection closed by peer",
+    "connection reset",
+    "broken pipe",
+    "socket",
+    "gloo",
+    "nccl",
+    "timed out waiting",
+)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,7 @@ class Job:
     device: str = "cpu"
     data: dict[str, Any] = field(default_factory=dict)  # preprocessing state, as the starting process found it
     until: int | None = None  # the epoch after which the run is interrupted
+    hang_s: float | None = None  # the deadline of a step, see `engine/watchdog.py`; None: no watchdog
 
 
 def chosen_device(name: str) -> str:
@@ -47,6 +63,11 @@ OpenData = Callable[..., DataSource]
 def experiment_card(experiment: Experiment) -> Card:
     """The card of an experiment's corpus, as its protocol and its own preprocessing have it."""
     return load_card(experiment.corpus).under(experiment.protocol, experiment.preprocess)
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether a collective failed, most likely because another worker died."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _PEER_GONE)
 
 
 def open_data(
@@ -83,6 +104,7 @@ def execute(
     on_epoch: Callable[[Progress], None] | None = None,
     move: Callable[[], str | None] | None = None,
     after: str = "",
+    watch: Watch | None = None,
 ) -> dict[str, Any] | None:
     """Train, test and leave a finished run folder; the summary, on rank 0.
 
@@ -90,6 +112,7 @@ def execute(
     on_epoch: called after every epoch but the last, when its checkpoint is written; what it raises ends the run there.
     move: asked, on rank 0, for a reason to go on with other workers; a checkpoint is written and Moved raised then.
     after: why this is a continuation, for the records.
+    watch: gets to know what this worker is doing; default: one of its own.
     """
     torch.set_num_threads(job.threads)
     if job.device.startswith("cuda"):
@@ -103,8 +126,13 @@ def execute(
         folder.clear_stop()
     opened = data if data is not None else open_data(experiment, comm.rank, comm.world, job.data)
     try:
-        options = RunOptions(job.device, job.checkpoint_every_s, job.resume, stop, job.until, on_epoch, move, after)
-        summary = Trainer(experiment, opened, comm, folder, options).run()
+        watch = watch or Watch(comm.rank)
+        options = RunOptions(
+            job.device, job.checkpoint_every_s, job.resume, stop, job.until, on_epoch, move, after, watch
+        )
+        seen, together = watched_data(opened, watch), watched_comm(comm, watch)
+        with guarded(watch, job.hang_s, job.run), explained(experiment, job.device, watch.place, comm.world):
+            summary = Trainer(experiment, seen, together, folder, options).run()
         if folder is not None and summary is not None:
             summary = {"run": folder.name, **summary}
             folder.write_json("summary.json", summary)
@@ -114,13 +142,28 @@ def execute(
     except Interrupted:
         raise
     except Exception as error:
-        if folder is not None:
-            text = str(error) if isinstance(error, CounterpoiseError) else f"{type(error).__name__}: {error}"
-            folder.append({"kind": "event", "event": "failed", "error": text, "type": type(error).__name__})
-            folder.write_status({"state": "failed", "error": text, "eta_s": None}, force=True)
+        if folder is not None and not lost_a_peer(error):  # without a peer the run goes on, if somebody starts it again
+            _note_failure(folder, error)
         raise
     finally:
         if data is None:
             opened.close()
         if folder is not None:
-            folder.release()
+            _release(folder)
+
+
+def _note_failure(folder: RunFolder, error: Exception) -> None:
+    """Write down why a run failed. If that cannot be written either, the first reason stays the one that is told."""
+    text = str(error) if isinstance(error, CounterpoiseError) else f"{type(error).__name__}: {error}"
+    try:
+        folder.append({"kind": "event", "event": "failed", "error": text, "type": type(error).__name__})
+    except (CounterpoiseError, OSError) as further:
+        _log.warning("run %s: its failure could not be written down: %s", folder.name, further)
+    folder.write_status({"state": "failed", "error": text, "eta_s": None}, force=True)
+
+
+def _release(folder: RunFolder) -> None:
+    try:
+        folder.release()
+    except (CounterpoiseError, OSError) as error:  # a full disk; who comes next takes the lock of a dead process over
+        _log.warning("run %s: %s", folder.name, error)

@@ -22,7 +22,7 @@ from counterpoise import storage
 from counterpoise.config import Experiment
 from counterpoise.contracts import Comm, CounterpoiseError, Interrupted
 from counterpoise.engine.comm import current_comm
-from counterpoise.engine.job import Job, execute, experiment_card, open_data
+from counterpoise.engine.job import Job, execute, experiment_card, lost_a_peer, open_data
 from counterpoise.engine.run import LOCK, RunFolder
 from counterpoise.launch.ingest import RayData
 from counterpoise.methods import METHODS
@@ -31,8 +31,6 @@ MARK = "logs/launch.json"  # which launch wrote to the run last
 AFTER = "COUNTERPOISE_AFTER"  # in the environment of workers: why the group before them ended
 LOOK_S = 1.0  # how often drains are looked for
 LAST_S = 20.0  # before a node goes, a group that has nowhere else to go writes its checkpoint and ends
-# How collectives of gloo and NCCL say that a peer is gone.
-_LOST = ("connection closed by peer", "connection reset", "broken pipe", "socket", "gloo", "nccl", "timed out waiting")
 _PATIENCE_S = 2.0  # other ranks wait this long before they fail, so that rank 0 can write down what happened
 
 
@@ -222,7 +220,7 @@ def _told(error: Exception, job: Job, rank: int) -> CounterpoiseError:
     except (CounterpoiseError, OSError):
         name = ""
     where = f"; traceback in {storage.show(folder.at(name))}" if name else ""
-    if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST):
+    if lost_a_peer(error):
         return WorkerLost(f"rank {rank} lost the connection to another worker ({text}){where}")
     return CounterpoiseError(f"rank {rank}: {text}{where}")
 
