@@ -12,11 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "platform" / "counterpoise"
-BASE = {"contracts", "functional", "hub", "storage", "wording"}
+BASE = {"contracts", "functional", "hub", "plain", "storage", "wording"}
 # What each part sees besides itself. What is started by hand (cli, start, demo, ...) may see everything.
 SEES = {
     "contracts": set(),
     "wording": set(),
+    "plain": set(),
     "functional": {"contracts"},
     "storage": {"contracts"},
     "hub": {"contracts", "storage"},

@@ -5,7 +5,6 @@ Reports see run folders only. What needs the network again, features and missing
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -15,6 +14,7 @@ from counterpoise import storage
 from counterpoise.cli import say
 from counterpoise.contracts import ConfigError, CounterpoiseError, DataError
 from counterpoise.engine.run import MANIFEST, list_runs
+from counterpoise.plain import read_json
 from counterpoise.reports import figures
 from counterpoise.reports.curves import Picture, write_pictures
 from counterpoise.reports.html import Extra, render
@@ -101,7 +101,7 @@ def read_sources(places: Sequence[str], published: Sequence[str] | None = None) 
 
 def _read(place: str, name: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(storage.read_bytes(join(place, name))))
+        return dict(read_json(storage.read_bytes(join(place, name))))
     except (ValueError, TypeError) as error:
         raise DataError(f"{storage.show(join(place, name))} is damaged ({error}); restore it from a copy") from error
 
@@ -169,7 +169,7 @@ def add_missing(source: Source, spec: MissingSpec, device: str) -> None:
         split = _split(run)
         place = join(run.uri, f"evaluation-{split}.json")
         try:
-            saved = json.loads(storage.read_bytes(place)) if storage.exists(place) else {}
+            saved = read_json(storage.read_bytes(place)) if storage.exists(place) else {}
             rates, cases = set(saved.get("missing_rates", {})), set(saved.get("missing", {}))
             if not ({f"{rate:g}" for rate in spec.rates} <= rates and set(run.modalities) <= cases):
                 say(f"evaluating  {run.name} with missing modalities")

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -24,11 +23,11 @@ from pydantic import (
 
 from counterpoise import storage
 from counterpoise.contracts import LABEL, ROW, ConfigError, DataError
+from counterpoise.plain import MAX_YAML_BYTES, NotPlain, read_yaml
 from counterpoise.wording import did_you_mean
 
 CARD = "corpus.yaml"
 SPLITS = ("train", "valid", "test")
-MAX_CARD_BYTES = 1_000_000
 
 
 class _Model(BaseModel):
@@ -548,39 +547,16 @@ def _unknown_corpus(name: str) -> str:
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """safe_load without aliases (they can expand without bound) and without silently repeated keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                message = f"key '{key.value}' is given twice"
-                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
-            if isinstance(key.value, str):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def parse_card(data: bytes, location: str) -> Card:
     """The card in the bytes of a `corpus.yaml`; `location` is named in errors and resolves relative files."""
-    if len(data) > MAX_CARD_BYTES:
-        raise ConfigError(f"{location}: {len(data)} bytes; a card has at most {MAX_CARD_BYTES}")
+    if len(data) > MAX_YAML_BYTES:
+        raise ConfigError(f"{location}: {len(data)} bytes; a card has at most {MAX_YAML_BYTES}")
     try:
-        # ruff does not see that the loader is a SafeLoader
-        raw = yaml.load(data.decode("utf-8"), Loader=_Loader)
+        raw = read_yaml(data.decode("utf-8"))
     except UnicodeDecodeError:
         raise ConfigError(f"{location}: not UTF-8 text") from None
-    except RecursionError:
-        raise ConfigError(f"{location}: nested too deeply") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{location}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except NotPlain as error:
+        raise ConfigError(f"{location}: not readable as YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{location}: a card is a mapping with keys such as name, splits and modalities")
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from counterpoise import storage
 from counterpoise.contracts import DataError
+from counterpoise.plain import read_json
 
 MANIFEST = "manifest.json"
 
@@ -121,7 +122,7 @@ def read_manifest(folder: str) -> dict[str, Any] | None:
     if not storage.exists(place):
         return None
     try:
-        content = json.loads(storage.read_bytes(place))
+        content = read_json(storage.read_bytes(place))
     except ValueError:
         raise DataError(f"{place}: not readable as JSON; prepare the corpus again") from None
     if not isinstance(content, dict):

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from counterpoise import storage
 from counterpoise.contracts import RefusedError, ResourceError
+from counterpoise.plain import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +95,7 @@ def load(uri: str) -> Checkpoint:
     state: dict[str, Any] = {}
     for file, data in _verified(uri):
         if file == STATE:
-            state = json.loads(data)
+            state = read_json(data)
         else:
             tensors[file.removesuffix(".safetensors")] = safetensors.torch.load(data)
     return Checkpoint(uri.rstrip("/").rsplit("/", 1)[-1], tensors, state)

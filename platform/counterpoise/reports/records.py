@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from counterpoise import storage
 from counterpoise.contracts import DataError, Record
+from counterpoise.plain import NotPlain, read_json, read_yaml
 from counterpoise.wording import flatten
 
 FUSED = "fused"
@@ -95,8 +94,8 @@ class RunData:
     def settings(self) -> dict[str, Any]:
         """The experiment as {dotted key: value}, without the seed and names."""
         try:
-            tree = yaml.safe_load(self.experiment) if self.experiment else {}
-        except yaml.YAMLError:
+            tree = read_yaml(self.experiment) if self.experiment else {}
+        except NotPlain:
             tree = {}
         if not isinstance(tree, dict):
             return {}
@@ -127,8 +126,8 @@ def _json(uri: str, name: str) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = read_json(text)
+    except NotPlain as error:
         raise DataError(
             f"{storage.show(storage.join(uri, name))} is damaged ({error}); restore it from a copy"
         ) from error
@@ -144,8 +143,8 @@ def _lines(text: str | None) -> tuple[list[dict[str, Any]], int]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except ValueError:
+            value = read_json(line)
+        except NotPlain:
             value = None
         if isinstance(value, dict):
             objects.append(value)

@@ -22,13 +22,13 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 
 import psutil
-import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import MetricsHandler
 
 from counterpoise import __version__, storage
 from counterpoise.contracts import ConfigError, CounterpoiseError, Record
+from counterpoise.plain import NotPlain, read_yaml
 from counterpoise.telemetry.catalogue import LABEL_LENGTH, LIMITS, METRICS, PREFIX
 from counterpoise.telemetry.feed import Feed, feeding
 from counterpoise.telemetry.state import RunState
@@ -229,10 +229,10 @@ _LABELS = {metric.name.removeprefix(PREFIX): metric.labels for metric in METRICS
 def _experiment(uri: str) -> dict[str, Any]:
     """What a run's experiment says of it; {} if it cannot be read."""
     try:
-        content = yaml.safe_load(storage.read_text(storage.join(uri, "experiment.yaml")))
+        content = read_yaml(storage.read_text(storage.join(uri, "experiment.yaml")))
         method = content["method"]["name"] if isinstance(content["method"], dict) else content["method"]
         return {key: content.get(key) for key in ("corpus", "seed", "protocol")} | {"method": method}
-    except (CounterpoiseError, OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (CounterpoiseError, OSError, NotPlain, KeyError, TypeError, AttributeError):
         return {}
 
 

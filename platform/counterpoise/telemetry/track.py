@@ -22,10 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import yaml
-
 from counterpoise import storage
 from counterpoise.contracts import ConfigError, CounterpoiseError, Record, ResourceError
+from counterpoise.plain import read_yaml
 from counterpoise.telemetry.display import Tail, decision_line
 from counterpoise.wording import did_you_mean, flatten
 
@@ -294,7 +293,7 @@ class _Follower:
 
     def _opened(self, uri: str) -> _Followed:
         manifest = json.loads(storage.read_text(storage.join(uri, "run.json")))
-        tree = yaml.safe_load(storage.read_text(storage.join(uri, "experiment.yaml")))
+        tree = read_yaml(storage.read_text(storage.join(uri, "experiment.yaml")))
         settings = {k: v for k, v in flatten(tree) if v is not None} | {"digest": manifest.get("digest")}
         name = str(manifest.get("name") or uri.rstrip("/").rsplit("/", 1)[-1])
         place = storage.join(uri, STATE)
