@@ -22,6 +22,7 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
+import hashlib
 import io
 import os
 import re
@@ -56,6 +57,7 @@ class Limits:
 
 
 LIMITS = Limits()
+_PIECE = 1 << 24  # bytes of a file that are read at once to be hashed
 _LOOKS = 3  # at a file that others replace between our asking for its size and for its content
 _limits: ContextVar[Limits] = ContextVar("storage_limits", default=LIMITS)
 
@@ -171,12 +173,42 @@ def read_text(uri: str) -> str:
         raise DataError(f"{show(uri)} is not text: {error}") from error
 
 
+def sha256(uri: str) -> str:
+    """The SHA-256 of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    with _local_errors(uri), open_ranges(uri) as file:
+        while data := file.read(_PIECE):
+            digest.update(data)
+    return digest.hexdigest()
+
+
 def open_input(uri: str) -> BinaryIO:
     """A readable, seekable file for pyarrow and its like. Remote ones read ranges, each with a deadline."""
     if is_local(uri):
         with _local_errors(uri):
             return open(local_path(uri), "rb")
-    return io.BufferedReader(_RemoteFile(uri, _remote_size(uri)), buffer_size=1 << 20)
+    return io.BufferedReader(_RemoteFile(uri), buffer_size=1 << 20)
+
+
+def open_ranges(uri: str) -> io.RawIOBase:
+    """As `open_input`, but nothing is read beyond what is asked for: for readers that plan what they read."""
+    if is_local(uri):
+        with _local_errors(uri):
+            return io.FileIO(local_path(uri))
+    return _RemoteFile(uri)
+
+
+def glob(pattern: str) -> list[str]:
+    """Places that match a pattern with *, ? or [], sorted; local ones as absolute paths."""
+    if is_local(pattern):
+        fs, path = filesystem(pattern)
+        with _local_errors(pattern):
+            return sorted(str(match) for match in fs.glob(path))
+    fs, _ = filesystem(pattern)
+    try:
+        return sorted(str(fs.unstrip_protocol(match)) for match in _remote(pattern, "glob"))
+    except DataError:
+        return []
 
 
 def list_names(uri: str) -> list[str]:
@@ -344,10 +376,12 @@ def disk_error(uri: str, error: OSError, needed: int = 0) -> ResourceError:
 
 
 class _RemoteFile(io.RawIOBase):
-    """Byte ranges of one object as a raw file."""
+    """Byte ranges of one object as a raw file: of the object as it was when it was opened, or none."""
 
-    def __init__(self, uri: str, num_bytes: int) -> None:
-        self._uri, self._size, self._position = uri, num_bytes, 0
+    def __init__(self, uri: str) -> None:
+        info = _file_info(uri)
+        self._uri, self._size, self._position = uri, int(info["size"] or 0), 0
+        self._etag = info.get("ETag")
 
     def readable(self) -> bool:
         return True
@@ -364,13 +398,24 @@ class _RemoteFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        start, end = self._position, min(self._position + len(buffer), self._size)
-        if start >= end:
-            return 0
-        data = _remote(self._uri, "cat_file", num_bytes=end - start, start=start, end=end)
+        data = self.read(len(buffer))
         buffer[: len(data)] = data
-        self._position += len(data)
         return len(data)
+
+    def read(self, size: int | None = -1) -> bytes:
+        start = self._position
+        end = self._size if size is None or size < 0 else min(start + size, self._size)
+        if start >= end:
+            return b""
+        operation, more = ("range", {"etag": self._etag}) if self._etag else ("cat_file", {})
+        data = bytes(_remote(self._uri, operation, num_bytes=end - start, start=start, end=end, **more))
+        if len(data) != end - start:
+            raise ResourceError(f"{show(self._uri)}: {len(data):,} bytes came, {end - start:,} were asked for")
+        self._position = end
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
 
 
 def _info(uri: str) -> Any:
@@ -380,11 +425,15 @@ def _info(uri: str) -> Any:
     return info
 
 
-def _remote_size(uri: str) -> int:
+def _file_info(uri: str) -> Any:
     info = _info(uri)
     if info.get("type") == "directory":
         raise DataError(f"{show(uri)}: there is no such file (it is a folder)")
-    return int(info["size"] or 0)
+    return info
+
+
+def _remote_size(uri: str) -> int:
+    return int(_file_info(uri)["size"] or 0)
 
 
 def _remote(uri: str, operation: str, *args: Any, num_bytes: int = 0, **options: Any) -> Any:
@@ -451,6 +500,8 @@ def _remote_error(uri: str, error: Exception, tried: str) -> CounterpoiseError:
         return ResourceError(f"{show(uri)}: {tried}: the name of its server is not known to DNS{_advice()}")
     if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionRefusedError"):
         return ResourceError(f"{show(uri)}: {tried}: cannot connect{_advice()}")
+    if _codes(error) & {"PreconditionFailed", "412"}:
+        return DataError(f"{show(uri)}: was replaced while it was read; start again when nothing writes there")
     if kind == "ResponseParserError" or _codes(error) & {"", "404", "405"}:
         return ResourceError(f"{show(uri)}: {tried}: what answers is no S3 server{_advice()}")
     if isinstance(error, TimeoutError) or kind in ("ReadTimeoutError", "FSTimeoutError"):
@@ -499,18 +550,28 @@ def _within(seconds: float, fs: Any, operation: str, path: str, *args: Any, **op
         raise TimeoutError
     future: concurrent.futures.Future[Any]
     if fs.async_impl:  # s3fs: the coroutine is cancelled and its connection closed
-        coroutine = getattr(fs, "_" + operation)(path, *args, **options)
+        call = functools.partial(_range, fs) if operation == "range" else getattr(fs, "_" + operation)
+        coroutine = call(path, *args, **options)
         future = asyncio.run_coroutine_threadsafe(coroutine, fs.loop)
     else:  # a thread cannot be stopped, only left behind
         future = concurrent.futures.Future()
-        call = functools.partial(getattr(fs, operation), path, *args, **options)
-        threading.Thread(target=_fulfil, args=(future, call), daemon=True).start()
+        work = functools.partial(getattr(fs, operation), path, *args, **options)
+        threading.Thread(target=_fulfil, args=(future, work), daemon=True).start()
     try:
         return future.result(seconds)
     except concurrent.futures.CancelledError as error:
         raise TimeoutError from error
     finally:
         future.cancel()
+
+
+async def _range(fs: Any, path: str, start: int, end: int, etag: str) -> bytes:
+    """Bytes of an S3 object that has not been replaced since it was opened; s3fs's `cat_file` would not look."""
+    bucket, key, _ = fs.split_path(path)
+    asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{end - 1}", "IfMatch": etag}
+    answer = await fs._call_s3("get_object", **asked)
+    async with answer["Body"] as body:
+        return bytes(await body.read())
 
 
 def _fulfil(future: concurrent.futures.Future[Any], call: Callable[[], Any]) -> None:

@@ -61,18 +61,14 @@ def open_parquet(uri: str) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fs, path = storage.filesystem(uri)
     try:
-        # ranges are read as they are asked for: the default would fetch 50 MB ahead of every footer
-        source = fs.open(path, "rb") if storage.is_local(uri) else fs.open(path, "rb", cache_type="none")
         if not storage.is_local(uri):
+            ranges = storage.open_ranges(uri)
+            _reject_extension_types(ranges, uri)
+            return pq.ParquetFile(ranges, page_checksum_verification=True, pre_buffer=True)
+        with storage.open_input(uri) as source:
             _reject_extension_types(source, uri)
-            return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True)
-        with source:
-            _reject_extension_types(source, uri)
-        return pq.ParquetFile(path, page_checksum_verification=True)
-    except FileNotFoundError:
-        raise DataError(f"{uri}: no such file") from None
+        return pq.ParquetFile(storage.local_path(uri), page_checksum_verification=True)
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DataError(f"{uri}: not a readable Parquet file ({_first_line(error)}); make it again") from None
 
@@ -115,11 +111,10 @@ def split_files(card: Card, split: SplitCard, name: str) -> list[str]:
     for pattern in split.files:
         uri = resolve(card, pattern)
         if any(c in uri for c in "*?["):
-            fs, path = storage.filesystem(uri)
-            matches = [str(m) for m in fs.glob(path) if str(m).endswith(".parquet")]
+            matches = [m for m in storage.glob(uri) if m.endswith(".parquet")]
             if not matches:
                 raise DataError(f"corpus {card.name}, split {name}: no .parquet file matches {uri}{_hint(card)}")
-            found.update(matches if storage.is_local(uri) else (str(fs.unstrip_protocol(m)) for m in matches))
+            found.update(matches)
         elif not storage.exists(uri):
             raise DataError(f"corpus {card.name}, split {name}: {uri} does not exist{_hint(card)}")
         else:

@@ -34,6 +34,7 @@ from counterpoise.data.shards import columns_bytes
 from counterpoise.data.units import RawRows, Reader
 from counterpoise.engine.again import missing_cases
 from counterpoise.engine.inference import FUSED, SUMS, Model, load_model, softmax, sums_text
+from counterpoise.plain import read_json
 from counterpoise.wording import did_you_mean
 
 PART_ROWS = 1024
@@ -168,16 +169,15 @@ def _card(data: str) -> Card | None:
 
 
 def _files(data: str) -> list[str]:
-    fs, path = storage.filesystem(data)
     if data.endswith(".parquet") and not any(c in data for c in "*?["):
         return [storage.local_path(data) if storage.is_local(data) else data]
-    pattern = path if any(c in path for c in "*?[") else f"{path.rstrip('/')}/*.parquet"
-    found = sorted(str(m) for m in fs.glob(pattern) if str(m).endswith(".parquet"))
+    pattern = data if any(c in data for c in "*?[") else storage.join(data, "*.parquet")
+    found = [match for match in storage.glob(pattern) if match.endswith(".parquet")]
     if not found:
         raise DataError(
             f"{storage.show(data)}: no corpus ({CARD}) and no .parquet file; give a corpus, a file, a folder or a glob"
         )
-    return found if storage.is_local(data) else [str(fs.unstrip_protocol(m)) for m in found]
+    return found
 
 
 def _plain_rows(model: Model, data: str, wanted: dict[str, AnyModality]) -> Rows:
@@ -271,7 +271,7 @@ def begin(work: Work, model: Model) -> None:
 
 def _json(place: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(storage.read_text(place)))
+        return dict(read_json(storage.read_text(place)))
     except (ValueError, TypeError) as error:
         raise RefusedError(f"{storage.show(place)} is damaged: {error}; give another --out") from None
 
