@@ -235,9 +235,11 @@ def test_auto_means_the_cluster_this_machine_knows(monkeypatch, tmp_path):
     assert only(doctor._ray(), "cluster").refusal
 
 
-def test_letting_data_run_code_is_refused(monkeypatch):
-    monkeypatch.setenv("RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA", "1")
-    assert only(doctor._ray(), "data that runs code").refusal
+@pytest.mark.parametrize("name", doctor.SWITCHES)
+def test_letting_data_run_code_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    finding = only(doctor._ray(), "data that runs code")
+    assert finding.refusal and finding.remedy == f"unset {name}"
 
 
 # -------------------------------------------------------------------------------------------- disk, storage

@@ -97,7 +97,13 @@ PREFIXES = ("COUNTERPOISE_", "AWS_", "RAY_")
 
 # Plain `uv sync` removes what no named extra needs, so that installing one would drop another.
 _SYNC = "uv sync --inexact"
-_AUTOLOAD = "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA"
+# Ray's switches that let data files run code, and what each lets in.
+SWITCHES = {
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA": "it lets Parquet files run code (CVE-2026-41486)",
+    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR": "it lets Parquet files run code",
+    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE": "it lets Arrow files run code (CVE-2023-47248)",
+    "RAY_DATA_WEBDATASET_ALLOW_UNSAFE_DESERIALIZATION": "it lets members of tar files run code",
+}
 _SECRET_NAME = re.compile(r"secret|token|passw|passphrase|credential|key|authorization|cookie", re.IGNORECASE)
 _PLACE_NAME = re.compile(r"_(PATH|FILE|DIR)$")
 _SIMPLE = re.compile(r"[\d.]{1,9}|true|false|yes|no|on|off|disabled|token", re.IGNORECASE)
@@ -531,9 +537,9 @@ def _ray() -> Iterator[Finding]:
         )
     else:
         yield _ok("ray", f"{version} (not started, not imported)")
-    if os.environ.get(_AUTOLOAD) is not None:
-        detail = f"{_AUTOLOAD} is set: it lets Parquet files run code (CVE-2026-41486)"
-        yield _problem("data that runs code", detail, f"unset {_AUTOLOAD}", refusal=True)
+    for name, hole in SWITCHES.items():
+        if os.environ.get(name) is not None:
+            yield _problem("data that runs code", f"{name} is set: {hole}", f"unset {name}", refusal=True)
     mode = os.environ.get("RAY_AUTH_MODE", "").strip().lower()
     if mode not in ("", "token", "disabled"):
         yield _problem("RAY_AUTH_MODE", f"is {mode!r}; Ray knows token and disabled", "export RAY_AUTH_MODE=token")
