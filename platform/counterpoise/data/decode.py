@@ -35,6 +35,8 @@ from counterpoise.data.tokens import tokenizer_of
 
 MAX_PIXELS = 50_000_000  # of the encoded image; Pillow alone would decode 179 million
 MAX_SECONDS = 600.0  # of the encoded clip
+MAX_NUMBERS = 50_000_000  # of the encoded clip, all channels: 200 MB while it is decoded
+RATES = (1_000, 768_000)  # Hz; a filter for others would not fit into memory
 MAX_FRAMES = 10_000
 MAX_CHARACTERS = 1_000_000  # of a text
 LFS_POINTER = b"version https://git-lfs"
@@ -198,8 +200,15 @@ def _waveform(data: bytes, encoding: str | None, settings: AudioPreprocess) -> n
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, promised = file.samplerate, file.frames
+            if not RATES[0] <= rate <= RATES[1]:
+                raise DecodeError(f"a sample rate of {rate} Hz; {RATES[0]} to {RATES[1]} are read")
             if promised > rate * MAX_SECONDS:
                 raise DecodeError(f"{promised / rate:.0f} s long; at most {MAX_SECONDS:.0f} s are read")
+            if promised * file.channels > MAX_NUMBERS:
+                raise DecodeError(
+                    f"{promised} samples of {file.channels} channels; at most {MAX_NUMBERS // 1_000_000} million "
+                    "numbers are read"
+                )
             wave = file.read(dtype="float32")
             if wave.ndim == 2:
                 wave = wave.mean(axis=1, dtype=np.float32)

@@ -22,7 +22,7 @@ import numpy as np
 from counterpoise import storage
 from counterpoise.contracts import ConfigError, DataError, ResourceError
 from counterpoise.data import raw
-from counterpoise.data.decode import LFS_POINTER, MAX_PIXELS, DecodeError, check_wav, resampled
+from counterpoise.data.decode import LFS_POINTER, MAX_PIXELS, RATES, DecodeError, check_wav, resampled
 from counterpoise.data.raw import Flow, Media, Pictures, Sound, Video
 
 JPEG_QUALITY = 95  # what OpenCV writes by default, and so what the frames of the published pipelines are
@@ -33,7 +33,6 @@ _HTML = re.compile(rb"\A(?:\xef\xbb\xbf)?\s*(?:<!--.*?-->\s*)?<(?:!doctype\s+htm
 # The containers that are opened. Others (playlists, image sequences, ...) can make FFmpeg read further files.
 _CONTAINERS = "flv,live_flv,mov,mp4,avi,mpeg,mpegts,mpegvideo,matroska,webm,mp3,aac,ogg,wav,flac,asf"
 _PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
-_RATES = (1_000, 768_000)  # Hz; a filter for others would not fit into memory
 _FRAME_S = 0.04  # how long a frame without a time of its own is taken to last
 _EARLY_S, _EARLY_PART = 1.0, 0.2  # a stream that ends earlier than announced by more than both is cut short
 
@@ -204,7 +203,7 @@ def sound(wanted: Sound, files: _Files, limits: Limits, remarks: list[str]) -> b
 
 
 def _check_sound(path: str, rate: int, seconds: float, limits: Limits) -> None:
-    if not _RATES[0] <= rate <= _RATES[1]:
+    if not RATES[0] <= rate <= RATES[1]:
         raise MediaError(raw.UNDECODABLE, f"{path}: a sample rate of {rate} Hz")
     if seconds > limits.seconds:
         raise MediaError(raw.TOO_LARGE, f"{path}: {seconds:.0f} s of sound; at most {limits.seconds:.0f} s are stored")

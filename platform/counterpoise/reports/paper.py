@@ -340,7 +340,7 @@ _LATEX = {
 
 
 def latex_safe(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text.replace("\n", " "))
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.splitlines()))
 
 
 def latex_form(paper: PaperTable) -> str:
@@ -365,7 +365,7 @@ def latex_form(paper: PaperTable) -> str:
         lines += [" & ".join(["", *cells]) + r" \\", " ".join(rules)]
     lines += [" & ".join(["Method", *(latex_safe(c.heading) for c in columns)]) + r" \\", r"\midrule"]
     for label in paper.labels:
-        names = " ".join(run for row in paper.rows(label) for run in row.runs)
+        names = " ".join(" ".join(run.split()) for row in paper.rows(label) for run in row.runs)  # ends no comment
         cells = [_latex(paper.shown(label, column)) for column in columns]
         lines.append(" & ".join([latex_safe(paper.heading(label)), *cells]) + rf" \\ % {names or 'no finished run'}")
     lines += [r"\bottomrule", r"\end{tabular}", "", r"\vspace{2pt}", r"\begin{minipage}{\linewidth}\footnotesize"]

@@ -414,6 +414,12 @@ def markdown_lines(
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def csv_safe(text: object) -> object:
+    """A text that spreadsheets would take for a formula, such as =cmd(), with the apostrophe that makes it text."""
+    formula = isinstance(text, str) and text != DASH and text.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{text}" if formula else text
+
+
 def csv_table(
     runs: Sequence[RunData] | Table, further: Mapping[tuple[str, str], Mapping[str, object]] | None = None
 ) -> str:
@@ -429,15 +435,17 @@ def csv_table(
     numbers = {key: key.removeprefix("accuracy/") for key in table.columns}
     numbers |= {"rate": "samples_per_s", "epoch": "selected_epoch"} if "rate" in numbers else {}
     pairs = [c for key, name in numbers.items() for c in ((name,) if key in ONE_NUMBER else (name, f"{name}_std"))]
-    writer.writerow(["corpus", "method", "split", "n", *pairs, "classifiers", *named, "settings", "runs"])
+    headings = ["corpus", "method", "split", "n", *pairs, "classifiers", *named, "settings", "runs"]
+    writer.writerow(map(csv_safe, headings))
     for row in table.rows:
-        cells = []
+        cells: list[object] = []
         for key in numbers:
             cell = row.cells[key]
             values = (cell.mean,) if key in ONE_NUMBER else (cell.mean, cell.std)
-            cells += [cell.text] if key == CHOSEN else ["" if v is None else repr(v) for v in values]
+            cells += [csv_safe(cell.text)] if key == CHOSEN else ["" if v is None else repr(v) for v in values]
         classifiers = "" if row.classifiers == DASH else row.classifiers
         own = more.get((row.corpus, row.label), {})
-        writer.writerow([row.corpus, row.label, row.split, len(row.finished), *cells, classifiers,
-                         *(own.get(heading, "") for heading in named), row.digest, " ".join(row.runs)])  # fmt: skip
+        first = [csv_safe(text) for text in (row.corpus, row.label, row.split)]
+        last = [classifiers, *(own.get(heading, "") for heading in named), row.digest, " ".join(row.runs)]
+        writer.writerow([*first, len(row.finished), *cells, *map(csv_safe, last)])
     return out.getvalue()
