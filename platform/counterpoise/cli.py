@@ -37,12 +37,21 @@ app.add_typer(dashboards, name="dashboards")
 jobs = typer.Typer(help="Jobs on a Ray cluster: list, status, logs, stop. `submit` sends them.", no_args_is_help=True)
 app.add_typer(jobs, name="jobs")
 
+runs_group = typer.Typer(help="Look after runs: verify their checksums.", no_args_is_help=True)
+app.add_typer(runs_group, name="runs")
+
 Runs = Annotated[
     str, typer.Option("--runs", help="Folder or s3:// prefix that holds runs.", envvar="COUNTERPOISE_RUNS")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Engine = Annotated[str, typer.Option(help="local: this process; ray: Ray Train and Ray Data.")]
 Workers = Annotated[int, typer.Option(min=1, help="Workers that share every batch.")]
+Against = Annotated[
+    str | None, typer.Option(metavar="CHECKOUT", help="Folder of the released AUG code; it is timed too.")
+]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="As compute.channels_last.")]
+Precision = Annotated[str, typer.Option(help="fp32, tf32 or bf16, as compute.precision.")]
+Compiled = Annotated[str, typer.Option(help="off, default, ..., as compute.compile.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="torch threads per worker.", show_default="cores / workers")]
 CheckpointEvery = Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Longest time between checkpoints.")]
@@ -950,18 +959,69 @@ def corpora_prepare(
 @corpora.command("check")
 def corpora_check(
     place: Annotated[str, typer.Argument(help="Name of a prepared corpus, or path or URI of a card.")],
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep", help="Also unused columns, files without checksums, and samples of two splits that are alike."
+        ),
+    ] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the checksums of a corpus that has none, if nothing is wrong.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Read and decode every row; report counts, duplicates, overlaps and what cannot be decoded."""
+    """Read and decode every row, compare checksums; report counts, duplicates, overlaps and what cannot be decoded."""
     from counterpoise.data.card import load_card
-    from counterpoise.data.check import check_corpus
+    from counterpoise.data.check import check_corpus, record_sums
     from counterpoise.telemetry.progress import progress
 
+    card = load_card(place)
     with progress(f"checking {place}") as callback:
-        found = check_corpus(load_card(place), progress=callback)
+        found = check_corpus(card, progress=callback, deep=deep)
     print(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(found.lines()))
     if found.errors:
         raise typer.Exit(3)
+    if record:
+        say(f"checksums of {record_sums(card)} files are in {card.folder}/manifest.json")
+
+
+@runs_group.command("verify")
+def runs_verify(
+    places: Annotated[
+        list[str], typer.Argument(metavar="PLACE...", help="Runs, folders of runs, exported models, predictions.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Compare every byte that has a checksum with it: records, predictions, checkpoints, exported weights."""
+    from counterpoise.integrity import verify_places
+
+    damaged, shown = 0, []
+    for found in verify_places(places):
+        damaged += bool(found.problems)
+        shown.append(found.to_json())
+        if not as_json:
+            print("\n".join(found.lines()), flush=True)
+    if as_json:
+        print(json.dumps(shown, indent=2))
+    if damaged:
+        say(f"counterpoise: {damaged} of {len(shown)} damaged; restore them from a copy, or make them again")
+        raise typer.Exit(6)
+
+
+@app.command()
+def convert(
+    file: Annotated[str, typer.Argument(metavar="FILE.pt", help="Weights of elsewhere; path or s3:// URI.")],
+    out: Annotated[str, typer.Argument(metavar="OUT.safetensors", help="New file.")],
+    key: Annotated[
+        str | None, typer.Option(help="Which mapping of the file, e.g. model.", show_default="state_dict, or all")
+    ] = None,
+) -> None:
+    """Make safetensors of a .pt file, without running what it may hold; encoders take both as `weights`."""
+    from counterpoise.convert import convert as run_convert
+
+    made = run_convert(file, out, key)
+    say(f"{made['tensors']} tensors, {made['numbers']:,} numbers, SHA-256 {made['sha256']}")
+    print(out)
 
 
 @methods.command("list")
@@ -996,12 +1056,13 @@ def bench_step(
     classifiers: Annotated[
         list[int] | None, typer.Option(help="Classifiers of the weak modality. Repeatable.", show_default="1 and 11")
     ] = None,
-    against: Annotated[
-        str | None, typer.Option(metavar="CHECKOUT", help="Folder of the released AUG code; its step is timed too.")
-    ] = None,
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="As compute.channels_last.")] = False,
-    precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16, as compute.precision.")] = "fp32",
-    compile: Annotated[str, typer.Option(help="off, default, ..., as compute.compile.")] = "off",
+    against: Against = None,
+    channels_last: ChannelsLast = False,
+    precision: Precision = "fp32",
+    compile: Compiled = "off",
+    floor: Annotated[
+        bool, typer.Option("--floor", help="Count the encoders' operations; what they take at measured rates.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=3)] = 20,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     device: Device = "auto",
@@ -1009,13 +1070,8 @@ def bench_step(
 ) -> None:
     """Time of AUG's step as a ratio to forward and backward of the encoders alone, in turns in one command."""
     from counterpoise.bench.step import render, shape, step_ratio
-    from counterpoise.models.compute import Compute
 
-    chosen = {"channels_last": channels_last, "precision": precision, "compile": compile}
-    try:
-        compute = Compute(**chosen).model_dump()
-    except ValueError as error:
-        raise ConfigError(f"bench step: {str(error).splitlines()[1]} is not one of those choices") from None
+    compute = _compute(channels_last, precision, compile)
     result = step_ratio(
         encoder,
         batch_size,
@@ -1027,8 +1083,121 @@ def bench_step(
         device,
         compute=compute,
         against=against,
+        floor=floor,
     )
     print(json.dumps(result, indent=2) if as_json else render(result))
+
+
+def _compute(channels_last: bool, precision: str, compile: str) -> dict[str, Any]:
+    """The section `compute` of an experiment that options of a measurement say."""
+    from counterpoise.models.compute import Compute
+
+    chosen = {"channels_last": channels_last, "precision": precision, "compile": compile}
+    try:
+        return Compute.model_validate(chosen).model_dump()
+    except ValueError as error:
+        raise ConfigError(f"--{str(error).splitlines()[1]} is not one of its choices") from None
+
+
+@bench.command("epoch")
+def bench_epoch(
+    against: Against = None,
+    rows: Annotated[int, typer.Option(min=16, help="Clips of the corpus that is made for it.")] = 48,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    classifiers: Annotated[int, typer.Option(min=1, help="Classifiers of the weak modality.")] = 5,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Decoding threads of ours, worker processes of the released loader.")
+    ] = 2,
+    cache: Annotated[str, typer.Option(help="on or off, as data.cache.")] = "off",
+    channels_last: ChannelsLast = False,
+    precision: Precision = "fp32",
+    compile: Compiled = "off",
+    rounds: Annotated[int, typer.Option(min=3)] = 3,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    device: Device = "auto",
+    resampler: Annotated[
+        str, typer.Option(help="Of the released loader: librosa, scipy, or auto: librosa if it is installed.")
+    ] = "auto",
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Folder to keep the corpus in.", show_default="a temporary one")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time of AUG's training epoch, its reading included, against the released code's, in turns."""
+    from counterpoise.bench.epoch import epoch_rates, render
+
+    if cache not in ("on", "off"):
+        raise ConfigError(f"--cache is {cache!r}; choose on or off")
+    compute = _compute(channels_last, precision, compile)
+    with _folder_for(out) as folder:
+        result = epoch_rates(
+            rows=rows,
+            batch_size=batch_size,
+            classifiers=classifiers,
+            processes=processes,
+            threads=threads,
+            rounds=rounds,
+            device=device,
+            compute=compute,
+            cache=cache,
+            against=against,
+            resampler=resampler,
+            out=folder,
+            say=say,
+        )
+    print(json.dumps(result, indent=2) if as_json else render(result))
+
+
+@bench.command("scaling")
+def bench_scaling(
+    encoder: Annotated[str, typer.Option(help="Encoder of both modalities.")] = "resnet18",
+    batch_size: Annotated[int, typer.Option(min=1, help="Of all workers; weak: of as many as there are at most.")] = 32,
+    audio: Annotated[str, typer.Option(metavar="FxT", help="Bins and columns of spectrograms.")] = "64x64",
+    image: Annotated[str, typer.Option(metavar="HxW", help="Height and width of pictures.")] = "64x64",
+    workers: Annotated[
+        list[int] | None, typer.Option(help="Numbers of workers. Repeatable.", show_default="1, 2 and 4")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a measurement.")] = 2,
+    channels_last: ChannelsLast = False,
+    precision: Precision = "fp32",
+    compile: Compiled = "off",
+    rounds: Annotated[int, typer.Option(min=3)] = 5,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Strong and weak scaling of a training step over processes of this machine, in turns."""
+    from counterpoise.bench.scaling import render, scaling
+    from counterpoise.bench.step import shape
+
+    result = scaling(
+        encoder=encoder,
+        batch_size=batch_size,
+        audio=shape("--audio", audio),
+        image=shape("--image", image),
+        workers=tuple(workers or (1, 2, 4)),
+        steps=steps,
+        rounds=rounds,
+        device=device,
+        compute=_compute(channels_last, precision, compile),
+        say=say,
+    )
+    print(json.dumps(result, indent=2) if as_json else render(result))
+
+
+@bench.command("all")
+def bench_all(
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for one JSON file of each measurement.")] = "bench",
+    against: Against = None,
+    channels_last: ChannelsLast = False,
+    precision: Precision = "fp32",
+    compile: Compiled = "off",
+    device: Device = "auto",
+) -> None:
+    """step, ingest, epoch and scaling with their usual settings, one after the other: tables here, JSON in a folder."""
+    from counterpoise.bench.all import measure_all
+
+    compute = _compute(channels_last, precision, compile)
+    measure_all(out, against, compute, device, say=say, show=print)
 
 
 @bench.command("ingest")

@@ -64,24 +64,48 @@ def open_parquet(uri: str) -> Any:
     try:
         if not storage.is_local(uri):
             ranges = storage.open_ranges(uri)
-            _reject_extension_types(ranges, uri)
-            return pq.ParquetFile(ranges, page_checksum_verification=True, pre_buffer=True)
-        with storage.open_input(uri) as source:
-            _reject_extension_types(source, uri)
-        return pq.ParquetFile(storage.local_path(uri), page_checksum_verification=True)
+            size = _reject_extension_types(ranges, uri)
+            opened = pq.ParquetFile(ranges, page_checksum_verification=True, pre_buffer=True)
+        else:
+            with storage.open_input(uri) as source:
+                size = _reject_extension_types(source, uri)
+            opened = pq.ParquetFile(storage.local_path(uri), page_checksum_verification=True)
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DataError(f"{uri}: not a readable Parquet file ({_first_line(error)}); make it again") from None
+    meta = opened.metadata
+    unpacked = sum(meta.row_group(g).total_byte_size for g in range(meta.num_row_groups))
+    if unpacked > _UNPACKED and unpacked > _RATIO * size:
+        opened.close()
+        raise DataError(f"{uri}: {size:,} bytes that unpack to {unpacked:,}; media do not shrink like that")
+    return opened
+
+
+def check_light(parquet: Any, columns: Iterable[str], uri: str) -> None:
+    """Raise if ids, labels and the like, which are read as a whole, are too large to be that."""
+    wanted = set(columns)
+    for g in range(parquet.metadata.num_row_groups):
+        group = parquet.metadata.row_group(g)
+        for c in range(group.num_columns):
+            chunk = group.column(c)
+            if chunk.path_in_schema in wanted and chunk.total_uncompressed_size > _LIGHT * (group.num_rows + 8):
+                raise DataError(
+                    f"{uri}: column '{chunk.path_in_schema}' has {chunk.total_uncompressed_size:,} bytes for "
+                    f"{group.num_rows} rows; ids and labels have at most {_LIGHT:,} bytes each"
+                )
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+_UNPACKED, _RATIO = 2**28, 100  # bytes of a file when it is unpacked, and times its size: more than both is a bomb
+_LIGHT = 10_000  # bytes of an id, label, ... of one row
 _TAIL = 65536  # bytes read at once from the end of a file; most footers fit in
 
 
-def _reject_extension_types(source: Any, uri: str) -> None:
-    """Raise before pyarrow sees an extension type: a registered one may run code of its own while it is opened."""
+def _reject_extension_types(source: Any, uri: str) -> int:
+    """The size of the file. Raises before pyarrow sees an extension type: a registered one may run code of its own while
+    it is opened."""
     size = source.seek(0, 2)
     if size < 12:
         raise DataError(f"{uri}: {size} bytes is too short for a Parquet file; make it again")
@@ -103,6 +127,7 @@ def _reject_extension_types(source: Any, uri: str) -> None:
             if b"ARROW:extension:name" in base64.b64decode(part[: len(part) // 4 * 4], validate=False):
                 raise DataError(f"{uri}: has Arrow extension types; write it with plain column types")
     source.seek(0)
+    return int(size)
 
 
 def split_files(card: Card, split: SplitCard, name: str) -> list[str]:
@@ -172,6 +197,7 @@ def _read_light(card: Card, split: SplitCard, name: str, extra: Iterable[str]) -
             meta = parquet.metadata
             groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
             parts += [(number, g, group.num_rows, group.total_byte_size) for g, group in enumerate(groups)]
+            check_light(parquet, light, uri)
             try:
                 table = parquet.read(columns=light)
             except (pa.ArrowException, OSError) as error:

@@ -115,6 +115,7 @@ def evaluate_run(
         "predictions": folder.at(f"{name}.parquet"),
     }
     folder.write_json(f"{name}.json", result)
+    folder.seal_also(f"{name}.parquet", f"{name}.json")
     return result
 
 

@@ -28,7 +28,7 @@ from counterpoise import storage
 from counterpoise.contracts import ConfigError, DataError, Interrupted, RefusedError
 from counterpoise.data.card import CARD, AnyModality, Card, load_card, prepared_corpora
 from counterpoise.data.decode import Decoder, RowError
-from counterpoise.data.index import SplitIndex, columns_of, open_parquet, open_split
+from counterpoise.data.index import SplitIndex, check_light, columns_of, open_parquet, open_split
 from counterpoise.data.loader import in_background
 from counterpoise.data.shards import columns_bytes
 from counterpoise.data.units import RawRows, Reader
@@ -198,6 +198,7 @@ def _plain_rows(model: Model, data: str, wanted: dict[str, AnyModality]) -> Rows
                         f"{', '.join(names)}"
                     )
             light = [c for c in (columns["sample_id"], columns["label"]) if c in names]
+            check_light(parquet, light, storage.show(uri))
             found = parquet.read(columns=light).to_pydict() if light else {}
             groups = [parquet.metadata.row_group(g) for g in range(parquet.metadata.num_row_groups)]
             counts = [group.num_rows for group in groups]

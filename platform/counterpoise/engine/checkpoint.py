@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from counterpoise import storage
 from counterpoise.contracts import RefusedError, ResourceError
-from counterpoise.plain import read_json
+from counterpoise.plain import NotPlain, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,16 +88,20 @@ def save(
 
 
 def load(uri: str) -> Checkpoint:
-    """The checkpoint at `uri`. Every file is verified first; `RefusedError` names one that differs."""
+    """The checkpoint at `uri`. Every file is verified first; `RefusedError` names one that differs, or is none of ours."""
     import safetensors.torch
+    from safetensors import SafetensorError
 
     tensors: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Any] = {}
     for file, data in _verified(uri):
-        if file == STATE:
-            state = read_json(data)
-        else:
-            tensors[file.removesuffix(".safetensors")] = safetensors.torch.load(data)
+        try:
+            if file == STATE:
+                state = read_json(data)
+            else:
+                tensors[file.removesuffix(".safetensors")] = safetensors.torch.load(data)
+        except (SafetensorError, NotPlain) as error:
+            raise RefusedError(f"{storage.show(uri)}/{file} is no file of a checkpoint: {error}") from None
     return Checkpoint(uri.rstrip("/").rsplit("/", 1)[-1], tensors, state)
 
 
@@ -341,8 +345,8 @@ def _files(uri: str) -> dict[str, str]:
     manifest = storage.read_bytes(storage.join(uri, MANIFEST))
     if marker[:64] != hashlib.sha256(manifest).hexdigest().encode():
         raise RefusedError(f"{where}/{MANIFEST} or {COMMITTED} is damaged: they do not fit each other")
-    lines = [line.split("  ", 1) for line in manifest.decode().splitlines()]
-    hashes = {file: digest for digest, file in lines}
+    lines = [line.partition("  ") for line in manifest.decode(errors="replace").splitlines()]
+    hashes = {file: digest for digest, _, file in lines}
     for file in hashes:
         if file not in there:
             raise RefusedError(f"{where}/{file} is missing")

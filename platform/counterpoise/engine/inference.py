@@ -36,6 +36,7 @@ from counterpoise.engine.job import chosen_device
 from counterpoise.engine.loop import make_method, make_network
 from counterpoise.methods import Method
 from counterpoise.models.network import MultimodalNet
+from counterpoise.plain import read_json
 from counterpoise.wording import did_you_mean
 
 CONFIG, WEIGHTS, README, SUMS = "config.json", "model.safetensors", "README.md", "SHA256SUMS"
@@ -316,7 +317,7 @@ def load_model(place: str | os.PathLike[str], device: str = "cpu") -> Model:
     sums = _sums(root)
     contents = {name: _verified(root, name, digest) for name, digest in sums.items()}
     try:
-        config = json.loads(contents[CONFIG])
+        config = read_json(contents[CONFIG])
         if not isinstance(config, dict) or config.get("model_type") != "counterpoise":
             raise RefusedError(f"{shown}/{CONFIG}: no model of Counterpoise (model_type is not counterpoise)")
         if config["format"] > FORMAT:
@@ -387,7 +388,7 @@ def sums_text(digests: Mapping[str, str]) -> str:
 def read_sums(text: str) -> dict[str, str]:
     """{file: digest} of SHA256SUMS; ValueError if a line is none."""
     sums = {}
-    for line in text.splitlines():
+    for line in text.removesuffix("\n").split("\n"):
         digest, _, name = line.partition("  ")
         if not re.fullmatch(r"[0-9a-f]{64}", digest) or not _FILE.fullmatch(name):
             raise ValueError(f"a line reads {line[:100]!r}")

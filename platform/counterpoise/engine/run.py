@@ -44,6 +44,7 @@ from counterpoise.contracts import (
 )
 from counterpoise.data.shards import columns_bytes
 from counterpoise.engine import checkpoint
+from counterpoise.plain import read_json
 
 EXPERIMENT = "experiment.yaml"
 PROVENANCE = "provenance.json"
@@ -271,7 +272,7 @@ class RunFolder:
     def _owner(self) -> dict[str, Any] | None:
         """The lock's content; None without a lock, {} if its writer died while writing."""
         try:
-            return dict(json.loads(storage.read_bytes(self.at(LOCK))))
+            return dict(read_json(storage.read_bytes(self.at(LOCK))))
         except DataError:
             return None
         except ValueError:
@@ -434,7 +435,7 @@ class RunFolder:
 
     def read_json(self, name: str) -> Any:
         try:
-            return json.loads(storage.read_bytes(self.at(name)))
+            return read_json(storage.read_bytes(self.at(name)))
         except ValueError as error:
             if isinstance(error, CounterpoiseError):
                 raise
@@ -445,11 +446,14 @@ class RunFolder:
         storage.write_bytes(self.at(name), columns_bytes(columns))
 
     def read_predictions(self, name: str = PREDICTIONS) -> dict[str, Any]:
-        """Columns as numpy arrays, page checksums verified."""
+        """Columns as numpy arrays; compared with SHA256SUMS once that lists them, and page checksums verified."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         data = storage.read_bytes(self.at(name))
+        recorded = self.sums().get(name)
+        if recorded is not None and hashlib.sha256(data).hexdigest() != recorded:
+            raise RefusedError(f"{storage.show(self.at(name))} is damaged: it differs from {SUMS}")
         try:
             table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         except (OSError, pa.ArrowInvalid) as error:
@@ -470,20 +474,41 @@ class RunFolder:
 
     def digest(self, name: str) -> str:
         """The sha256 of one file."""
-        return hashlib.sha256(storage.read_bytes(self.at(name))).hexdigest()
+        return storage.sha256(self.at(name))
 
     def seal(self) -> None:
         """Write SHA256SUMS over what a finished run consists of. Checkpoints carry their own manifests."""
         self._records.close()
-        lines = [f"{self.digest(name)}  {name}\n" for name in self._sealed_files()]
-        storage.write_text(self.at(SUMS), "".join(lines))
+        self._write_sums({name: self.digest(name) for name in self._sealed_files()})
+
+    def seal_also(self, *names: str) -> None:
+        """Add files to the seal of a run that has one: what was worked out from it after its end."""
+        if sums := self.sums():
+            self._write_sums(sums | {name: self.digest(name) for name in names})
+
+    def _write_sums(self, sums: Mapping[str, str]) -> None:
+        storage.write_text(self.at(SUMS), "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+
+    def sums(self) -> dict[str, str]:
+        """{file: digest} of SHA256SUMS, {} before the end; RefusedError if a line is none."""
+        sums: dict[str, str] = {}
+        if not storage.exists(self.at(SUMS)):
+            return sums
+        for line in storage.read_bytes(self.at(SUMS)).decode(errors="replace").split("\n")[:-1]:
+            digest, _, name = line.partition("  ")
+            if not name or len(digest) != 64:
+                raise RefusedError(f"{storage.show(self.at(SUMS))} is damaged: a line reads {line[:100]!r}")
+            sums[name] = digest
+        return sums
 
     def verify(self) -> list[str]:
         """What is wrong with the files of a sealed run and with its checkpoints; [] if all is as it was written."""
         problems = []
         if SUMS in self.files():
-            lines = storage.read_text(self.at(SUMS)).splitlines()
-            sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+            try:
+                sums = self.sums()
+            except RefusedError as error:
+                return [str(error)]
             there = self._sealed_files()
             for name, digest in sums.items():
                 if name not in there:
@@ -570,7 +595,7 @@ class JsonLines:
         rows = []
         for i, line in enumerate(lines, 1):
             try:
-                rows.append(json.loads(line))
+                rows.append(read_json(line))
             except ValueError as error:
                 raise RefusedError(f"{storage.show(self.uri)}, line {i} is damaged: {error}") from error
         return rows

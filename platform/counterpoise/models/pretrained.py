@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def read_weights(place: str) -> dict[str, Tensor]:
     data = storage.read_bytes(place)
     shown = storage.show(place)
     if not place.endswith(".safetensors"):
-        return _from_pickle(data, shown)
+        return named_tensors(unpickled(data, shown), len(data), shown)
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -36,12 +37,14 @@ def read_weights(place: str) -> dict[str, Tensor]:
         raise DataError(f"{shown}: not a readable safetensors file ({error}); fetch it again") from None
 
 
-def _from_pickle(data: bytes, shown: str) -> dict[str, Tensor]:
+def unpickled(data: bytes, shown: str) -> Any:
+    """What a .pt file holds: tensors and plain containers only, RefusedError for anything else."""
+    _check_members(data, shown)
     try:
         with warnings.catch_warnings(
             action="ignore"
         ):  # of newer pickle protocols, which are read or refused all the same
-            content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
@@ -52,13 +55,47 @@ def _from_pickle(data: bytes, shown: str) -> dict[str, Tensor]:
     except Exception as error:  # damaged bytes raise anything
         reason = str(error).strip().splitlines()
         raise DataError(f"{shown}: not a readable weights file ({reason[0] if reason else 'damaged'})") from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+
+
+def _check_members(data: bytes, shown: str) -> None:
+    """torch.save compresses nothing: members that are larger than their file are there to fill the memory."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+        return  # torch says what is wrong with it
+    if sum(member.file_size for member in members) > len(data):
+        raise RefusedError(f"{shown}: its members are larger than the file; torch.save writes no such file")
+
+
+def named_tensors(content: Any, file_bytes: int, shown: str, key: str | None = None) -> dict[str, Tensor]:
+    """The mapping of names to tensors in what a .pt file of so many bytes held; under `state_dict` if it is there.
+
+    key: where it is, with dots, if it is elsewhere.
+    """
+    for part in key.split(".") if key else ():
+        if not isinstance(content, Mapping) or part not in content:
+            raise DataError(f"{shown}: has no {key!r}{_keys(content)}")
+        content = content[part]
+    if key is None and isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
     ):
-        raise DataError(f"{shown}: not a mapping of names to tensors; save the network's state_dict")
+        raise DataError(f"{shown}: not a mapping of names to tensors; save the network's state_dict{_keys(content)}")
+    # a few bytes can be described as a huge tensor that repeats them
+    needed = sum(v.numel() * v.element_size() for v in content.values())
+    if needed > 8 * file_bytes:
+        raise RefusedError(f"{shown}: {file_bytes:,} bytes that ask for {needed:,} bytes of tensors")
     return dict(content)
+
+
+def _keys(content: Any) -> str:
+    names = [str(k) for k, v in content.items() if isinstance(v, Mapping)] if isinstance(content, Mapping) else []
+    under = ", ".join(names[:_SHOWN])
+    return f"; it has mappings under {under}: counterpoise convert --key takes one out" if names else ""
 
 
 def torchvision_weights(model: str) -> dict[str, Tensor]:
