@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.bench.checkout import make_checkout
 
-from counterpoise.bench import ingest, media
+from counterpoise.bench import epoch, ingest, media
 from counterpoise.bench.machine import Spread
 from counterpoise.bench.released import ReleasedCremad, chosen_resampler, released_loader
 from counterpoise.contracts import ConfigError, ResourceError
@@ -162,3 +164,18 @@ def test_the_resampler_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> 
         chosen_resampler("librosa")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert chosen_resampler("auto") == "librosa"
+
+
+def test_epochs_of_both_sides_take_every_clip_once(folder: Path, tmp_path: Path) -> None:
+    checkout = make_checkout(tmp_path)
+    found = epoch.epoch_rates(
+        rows=ROWS, batch_size=6, classifiers=2, processes=1, threads=1, rounds=3, device="cpu", compute={}, cache="off",
+        against=str(checkout), resampler="scipy", out=str(folder), say=lambda _: None, encoder="cnn",
+    )  # fmt: skip
+    ours, theirs = found["rows_measured"]
+    assert (ours["what"], theirs["what"]) == (epoch.OURS, epoch.RELEASED) and "times_faster" in ours
+    seen = [json.loads(line) for line in (checkout / "seen.jsonl").read_text().splitlines()]
+    assert len(seen) == 4 * ROWS / 6, "an epoch to warm up, and three"
+    assert {tuple(map(str, row[:3])) for row in seen} == {("[6, 257, 1250]", "[6, 3, 1, 224, 224]", "[6, 6]")}
+    assert {row[4] for row in seen} == {1}, "one classifier was added"
+    assert "18 clips of CREMA-D's shape, cnn twice" in epoch.render(found)

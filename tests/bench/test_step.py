@@ -6,54 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from tests.bench.checkout import make_checkout
 
+from counterpoise.bench.floor import operation_floor
 from counterpoise.bench.step import render, shape, step_ratio
 from counterpoise.contracts import ConfigError, ResourceError
-
-# A stand-in with the names of the released code; it writes down what it is given.
-SCRIPT = """
-import json, os, torch
-from dataset.CREMA import CramedDataset
-from model.AudioVideo import AVGBShareClassifier
-
-def weight_init(module):
-    pass
-
-def train_audio_video(epoch, train_loader, model, optimizer, merge_alpha=0.5):
-    print("Epoch...")
-    for step, (spectrogram, image, y) in enumerate(train_loader):
-        y = y.cuda()
-        assert step % cfg["print_inteval"] == 0
-        with open(os.path.join(os.path.dirname(__file__), "seen.jsonl"), "a") as file:
-            shapes = [list(t.shape) for t in (spectrogram, image, y)]
-            print(json.dumps([*shapes, float(spectrogram.sum()), model.layers]), file=file)
-"""
-MODEL = """
-import torch
-
-class AVGBShareClassifier(torch.nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.fc_out = torch.nn.Linear(2, config["setting"]["num_class"])
-        self.layers = 0
-
-    def add_layer(self, is_a=True):
-        assert not is_a
-        self.layers += 1
-"""
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name, text in {"train_CREMAD.py": SCRIPT, "model/AudioVideo.py": MODEL, "utils/utils.py": ""}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    return tmp_path
+    return make_checkout(tmp_path)
 
 
 def test_both_sides_do_the_same_in_turns(checkout: Path) -> None:
     compute = {"channels_last": True}
-    found = step_ratio("resnet18", 2, (16, 24), (32, 16), (1, 3), 3, 1, "cpu", compute=compute, against=str(checkout))
+    found = step_ratio("resnet18", 2, (16, 24), (32, 16), (1, 3), 3, 1, "cpu", compute=compute, against=str(checkout),
+                       floor=True)  # fmt: skip
     sides = [f"{who}, {n}" for who in ("AUG", "released AUG") for n in ("1 classifier", "3 classifiers")]
     names = ["encoders alone", *sides]
     assert [row["what"] for row in found["rows"]] == names
@@ -63,8 +32,23 @@ def test_both_sides_do_the_same_in_turns(checkout: Path) -> None:
     assert len(seen) == 2 * (3 + 2), "rounds and two warm-ups, for each number of classifiers"
     assert {tuple(map(str, row[:3])) for row in seen} == {("[2, 16, 24]", "[2, 3, 1, 32, 16]", "[2, 6]")}
     assert len({row[3] for row in seen}) == 1 and {row[4] for row in seen} == {0, 2}
+    memory = found["memory"]["AUG, 3 classifiers"]
+    assert memory["weights"] == memory["gradients"] == memory["optimizer"] > 4 * 2 * 11e6, "two ResNet-18"
+    assert memory["inputs"] == 2 * (16 * 24 + 3 * 32 * 16) * 4 + 2 * 8 * 2 and memory["activations"] > 0
+    assert memory["floor"] == sum(v for k, v in memory.items() if k != "floor")
     text = render(found)
     assert "channels_last True" in text and "times faster than released" in text
+
+
+def test_the_floor_of_a_product_is_counted_by_hand() -> None:
+    left, right = torch.ones(64, 32), torch.ones(32, 16)
+    floor = operation_floor(lambda: left @ right, torch.device("cpu"), 1)
+    assert floor["flops"] == 2 * 64 * 32 * 16
+    assert floor["bytes"] == 4 * (64 * 32 + 32 * 16 + 64 * 16)
+    arithmetic, memory = (floor[key] / floor["rates"][rate] for key, rate in
+                          (("flops", "device.flops"), ("bytes", "device.bytes_per_s")))  # fmt: skip
+    assert (floor["arithmetic_s"], floor["memory_s"]) == pytest.approx((arithmetic, memory))
+    assert floor["together_s"] == pytest.approx(max(arithmetic, memory))
 
 
 def test_what_is_no_checkout_is_refused(tmp_path: Path, checkout: Path) -> None:

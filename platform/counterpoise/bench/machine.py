@@ -128,9 +128,10 @@ class Side:
     """A process of its own that answers one request at a time.
 
     make: in the new process, called with `spec`; what it returns is called with every request (plain data both ways).
+    wait: until it is ready; else `ready` does, for processes that wait for one another.
     """
 
-    def __init__(self, name: str, make: Callable[[Any], Callable[[Any], Any]], spec: Any) -> None:
+    def __init__(self, name: str, make: Callable[[Any], Callable[[Any], Any]], spec: Any, *, wait: bool = True) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self._ours, theirs = context.Pipe()
@@ -139,6 +140,12 @@ class Side:
         theirs.close()
         assert self._process.pid is not None
         self.tree = Tree(self._process.pid)
+        self.facts: Any = None
+        if wait:
+            self.ready()
+
+    def ready(self) -> None:
+        """Wait until it answers requests."""
         try:
             self.facts = self._answer(START_S)
         except BaseException:
@@ -146,7 +153,13 @@ class Side:
             raise
 
     def ask(self, request: Any) -> Any:
+        self.send(request)
+        return self.answer()
+
+    def send(self, request: Any) -> None:
         self._ours.send(request)
+
+    def answer(self) -> Any:
         return self._answer(None)
 
     def kill(self) -> None:

@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import torch
 
+from counterpoise.bench.floor import operation_floor
 from counterpoise.bench.machine import Side, Spread, machine, machine_line
 from counterpoise.bench.released_step import check_checkout
 from counterpoise.bench.released_step import make as make_released
 from counterpoise.config import Experiment
 from counterpoise.contracts import LABEL, ROW, Batch, ConfigError, InputSpec
+from counterpoise.data.plan import rank_slice
 from counterpoise.engine.comm import SingleComm
 from counterpoise.engine.loop import RunOptions, Trainer
 from counterpoise.engine.run import RunFolder
@@ -27,14 +29,19 @@ ENCODERS, RELEASED = "encoders alone", "released AUG"
 
 
 class OneBatch:
-    """A DataSource of one random batch: a strong and a weak modality, as CREMA-D has them."""
+    """A DataSource of one random batch: a strong and a weak modality, as CREMA-D has them.
+
+    batch_size: of all workers. Every worker has its part of the same batch.
+    """
 
     modalities: tuple[str, ...] = ("audio", "visual")
     classes: tuple[str, ...] = tuple(str(k) for k in range(CLASSES))
     fingerprint = "random"
     selects_on: Literal["valid", "test"] = "valid"
 
-    def __init__(self, batch_size: int, audio: tuple[int, int], image: tuple[int, int]) -> None:
+    def __init__(
+        self, batch_size: int, audio: tuple[int, int], image: tuple[int, int], rank: int = 0, world: int = 1
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.inputs: Mapping[str, InputSpec] = {
             "audio": InputSpec("audio", (1, *audio)),
@@ -45,9 +52,12 @@ class OneBatch:
         }
         self.batch[LABEL] = torch.arange(batch_size) % CLASSES
         self.batch[ROW] = torch.arange(batch_size)
+        start, end = rank_slice(0, batch_size, rank, world)
+        self.batch = {name: tensor[start:end] for name, tensor in self.batch.items()}
+        self.size = batch_size
 
     def num_samples(self, split: str) -> int:
-        return len(self.batch[ROW]) if split == "train" else 0
+        return self.size if split == "train" else 0
 
     def sample_ids(self, split: str) -> Sequence[str]:
         return [str(row) for row in range(self.num_samples(split))]
@@ -56,7 +66,7 @@ class OneBatch:
         return self.batch[LABEL].numpy()
 
     def bounds(self) -> Sequence[int]:
-        return [0, len(self.batch[ROW])]
+        return [0, self.size]
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         yield self.batch
@@ -86,12 +96,14 @@ def step_ratio(
     *,
     compute: Mapping[str, Any] | None = None,
     against: str | None = None,
+    floor: bool = False,
 ) -> dict[str, Any]:
     """Times of AUG's whole update of a batch (all modalities, optimizer and statistics included), for each number of
     classifiers on the weak modality, as ratios to forward and backward of the same encoders alone.
 
     compute: how encoders compute, the encoders alone too. against: a checkout of the released code, whose step is
-    timed as well, in a process of its own. Every round times every side; ratios are formed within a round.
+    timed as well, in a process of its own. floor: count the encoders' operations, and say what they take at the rates
+    that are measured here. Every round times every side; ratios are formed within a round.
     """
     settings = Settings(device=device, threads=threads)
     place = torch.device(settings.resolved_device)
@@ -102,10 +114,12 @@ def step_ratio(
         steps = {n: aug_step(data, encoder, n, place, root, compute) for n in classifiers}
         trainer = steps[classifiers[0]][1]
         batch = {name: tensor.to(place) for name, tensor in data.batch.items()}
-        floor = _encoder_floor(trainer, batch)
-        variants: dict[str, Callable[[], float]] = {ENCODERS: lambda: _timed(floor, place)}
-        for n, (step, _) in steps.items():
-            variants[_named("AUG", n)] = partial(_timed, step, place)
+        encoders = _encoders_alone(trainer, batch)
+        counted = operation_floor(encoders, place, torch.get_num_threads()) if floor else None
+        variants: dict[str, Callable[[], float]] = {ENCODERS: lambda: timed(encoders, place)}
+        named = {_named("AUG", n): made for n, made in steps.items()}
+        for name, (step, _) in named.items():
+            variants[name] = partial(timed, step, place)
         if against:
             if encoder != "resnet18":
                 raise ConfigError(f"--against: the released code has resnet18 encoders, not {encoder}")
@@ -125,6 +139,7 @@ def step_ratio(
         for run in variants.values():  # warm up
             run()
             run()
+        memory = {name: peak_memory(step, t, batch) for name, (step, t) in named.items()}
         times: dict[str, list[float]] = {name: [] for name in variants}
         for index in range(rounds):
             names = list(variants)
@@ -146,6 +161,8 @@ def step_ratio(
         "threads": torch.get_num_threads(),
         "machine": facts,
         "rows": rows,
+        "floor": counted,
+        "memory": memory,
     }
 
 
@@ -172,7 +189,7 @@ def aug_step(
         corpus="bench",
         modalities={name: encoder for name in data.modalities},
         method={"name": "aug", "assign": "fixed", "classifiers": {"visual": count}},
-        batch_size=len(data.batch[ROW]),
+        batch_size=data.size,
         compute=dict(compute or {}),
     )
     folder = RunFolder.create(root, f"aug-{count}", experiment_text="", provenance={}, manifest={})
@@ -182,7 +199,31 @@ def aug_step(
     return lambda: trainer.train_batch(batch), trainer
 
 
-def _encoder_floor(trainer: Trainer, batch: Batch) -> Callable[[], None]:
+def peak_memory(step: Callable[[], None], trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """Bytes on the device: the most that a step had there (a GPU alone knows), and what has to be there at once.
+
+    floor: weights, gradients and the optimizer's numbers, the batch, and what the forward pass keeps for the backward
+    pass, in the update that keeps most.
+    """
+    from counterpoise.planning.workload import saved_bytes
+
+    kept = saved_bytes(step, trainer, batch)
+    weights = sum(float(p.nbytes) for p in trainer.net.parameters())
+    gradients = sum(float(p.nbytes) for p in trainer.parameters)
+    slots = sum(float(t.nbytes) for state in trainer.optimizer.state.values() for t in state.values())
+    inputs = sum(float(t.nbytes) for t in batch.values())
+    found = {"weights": weights, "gradients": gradients, "optimizer": slots, "inputs": inputs, "activations": kept}
+    found["floor"] = sum(found.values())
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        found["peak"] = float(torch.cuda.max_memory_allocated())
+    return found
+
+
+def _encoders_alone(trainer: Trainer, batch: Batch) -> Callable[[], None]:
     """Forward and backward of the encoders, computed as in training."""
     net = trainer.net
     encoders = {name: net.encoders[name] for name in net.modalities}
@@ -197,7 +238,8 @@ def _encoder_floor(trainer: Trainer, batch: Batch) -> Callable[[], None]:
     return run
 
 
-def _timed(run: Callable[[], None], device: torch.device) -> float:
+def timed(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of a call by the clock, until the device has done it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -220,6 +262,22 @@ def render(result: dict[str, Any]) -> str:
         faster = _spread(row["times_faster"]) if "times_faster" in row else ""
         seconds = f"{row['what']:30}  {row['median_s'] * 1e3:7.1f} ms"
         lines.append(f"{seconds}  {_spread(row['to_encoders']):23}  {faster}".rstrip())
+    if floor := result["floor"]:
+        measured = floor["rates"]
+        lines.append(
+            f"encoders alone: {floor['flops'] / 1e9:.1f} GFLOP take {floor['arithmetic_s'] * 1e3:.1f} ms at "
+            f"{measured['device.convolution_flops'] / 1e9:.0f} GFLOP/s (convolution), {floor['bytes'] / 1e9:.2f} GB "
+            f"take {floor['memory_s'] * 1e3:.1f} ms at {measured['device.bytes_per_s'] / 1e9:.1f} GB/s; the "
+            f"larger of both, operation by operation: {floor['together_s'] * 1e3:.1f} ms, "
+            f"{floor['together_s'] / result['rows'][0]['median_s']:.0%} of the measured median"
+        )
+    name, memory = list(result["memory"].items())[-1]
+    parts = ", ".join(f"{key} {memory[key] / 2**20:,.1f}" for key in memory if key not in ("floor", "peak"))
+    lines.append(f"memory, {name}: at least {memory['floor'] / 2**20:,.1f} MiB ({parts})")
+    if "peak" in memory:
+        lines.append(
+            f"  most that was allocated: {memory['peak'] / 2**20:,.1f} MiB, {memory['peak'] / memory['floor']:.2f} x"
+        )
     return "\n".join(lines)
 
 

@@ -289,6 +289,25 @@ def _saved_bytes() -> Iterator[tuple[dict[int, float], set[int]]]:
         yield kept, apart
 
 
+def saved_bytes(step: Callable[[], None], trainer: Trainer, batch: Batch) -> float:
+    """Bytes that one step keeps from forward to backward besides weights and inputs, in the update that keeps most."""
+    most = 0.0
+    with _saved_bytes() as (kept, apart):
+        apart.update(t.untyped_storage()._cdata for t in (*trainer.net.parameters(), *batch.values()))
+
+        def next_update(*_: Any) -> None:
+            nonlocal most
+            most = max(most, sum(kept.values()))
+            kept.clear()
+
+        hook = trainer.optimizer.register_step_pre_hook(next_update)
+        try:
+            step()
+        finally:
+            hook.remove()
+    return most
+
+
 @dataclass
 class _Count:
     """What was noted for one size of the batch; by stage, with its share of the epochs."""
