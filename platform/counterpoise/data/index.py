@@ -104,8 +104,8 @@ _TAIL = 65536  # bytes read at once from the end of a file; most footers fit in
 
 
 def _reject_extension_types(source: Any, uri: str) -> int:
-    """The size of the file. Raises before pyarrow sees an extension type: a registered one may run code of its own while
-    it is opened."""
+    """The size of the file. Raises before pyarrow sees an extension type: a registered one may run code of its own
+    while it is opened."""
     size = source.seek(0, 2)
     if size < 12:
         raise DataError(f"{uri}: {size} bytes is too short for a Parquet file; make it again")

@@ -88,7 +88,7 @@ def save(
 
 
 def load(uri: str) -> Checkpoint:
-    """The checkpoint at `uri`. Every file is verified first; `RefusedError` names one that differs, or is none of ours."""
+    """The checkpoint at `uri`. Every file is verified first; `RefusedError` names one that differs or is none."""
     import safetensors.torch
     from safetensors import SafetensorError
 
