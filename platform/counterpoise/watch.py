@@ -353,6 +353,13 @@ def _facts(state: RunState, now: float) -> list[RenderableType]:
         parts.append(f"{workers} worker{'s' if workers != 1 else ''} on {state.start.get('device', '?')}")
     if parts:
         lines.append("speed       " + ", ".join(parts))
+    own = [value for value in map(_value, status.get("rank_step_s") or ()) if value is not None]
+    if len(own) > 1:
+        slow, quick = own.index(max(own)), own.index(min(own))
+        lines.append(
+            f"workers     rank {slow} takes {1000 * own[slow]:.1f} ms for a step of its own, "
+            f"rank {quick} {1000 * own[quick]:.1f} ms"
+        )
     kept = status.get("checkpoint")
     if isinstance(kept, dict) and _value(kept.get("time")) is not None:
         text = f"checkpoint  at step {kept.get('step', '?')}, written in {_value(kept.get('seconds')) or 0.0:.2f} s"

@@ -167,6 +167,11 @@ ENDINGS = ("failed", "interrupted")  # shown as the state a run ends in; the com
 
 def event_line(record: Record) -> str:
     """Anything else that happened, in one line."""
+    if record.get("event") == "straggler":
+        return (
+            f"straggler: rank {record.get('rank', '?')} takes {record.get('step_ms', '?')} ms for a step of its own, "
+            f"the others {record.get('others_ms', '?')} ms (step {record.get('step', '?')})"
+        )
     free = {k: v for k, v in record.items() if k not in ("seq", "time", "kind", "event")}
     detail = ", ".join(f"{k} {v}" for k, v in free.items())
     return str(record.get("event", "event")).replace("_", " ") + (f": {detail}" if detail else "")
