@@ -29,7 +29,7 @@ from counterpoise.data.options import DataOptions
 from counterpoise.methods import METHODS, Method, MethodConfig
 from counterpoise.models.compute import Compute
 from counterpoise.models.encoders import ENCODERS, EncoderConfig
-from counterpoise.wording import did_you_mean, flatten
+from counterpoise.wording import did_you_mean, flatten, shortened
 
 # Fields that say how fast, never what: they are no part of the digest and may differ on resume.
 HARMLESS = ("track", "data.cache", "data.cache_limit_gib", "data.decode_threads", "data.prefetch")
@@ -180,7 +180,7 @@ def known_method(name: str) -> type[Method[Any]]:
 
 
 def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
-    return f"unknown {what} {name!r}{did_you_mean(name, known)} (known: {', '.join(sorted(known))})"
+    return f"unknown {what} {shortened(repr(name))}{did_you_mean(name, known)} (known: {', '.join(sorted(known))})"
 
 
 # --- reading
@@ -268,6 +268,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(below) for key, below in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, int) and value.bit_length() > 63:  # nothing here takes it, and 4300 digits cannot be printed
+        return f"an integer of {value.bit_length():,} bits"
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
@@ -322,8 +324,8 @@ def explain(
         elif problem["type"] == "missing":
             text = "is missing"
         elif problem["type"] != "value_error":
-            text = f"{text}, got {problem['input']!r}"
-        key = ".".join(location) or ("sweep" if known else "experiment")
+            text = f"{text}, got {shortened(repr(problem['input']))}"
+        key = shortened(".".join(location).encode("unicode_escape").decode()) or ("sweep" if known else "experiment")
         lines.append(f"  {key}: {text}" + (f"  [{origins[key]}]" if key in origins else ""))
     return f"{source}: {len(lines)} problem{'s' if len(lines) != 1 else ''}\n" + "\n".join(lines)
 

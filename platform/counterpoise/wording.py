@@ -10,8 +10,15 @@ from typing import Any
 
 def did_you_mean(word: object, known: Iterable[object]) -> str:
     """ ", did you mean 'x'?" for the known word that is nearest, or nothing."""
+    if len(str(word)) > 200:  # nobody meant that, and comparing takes long
+        return ""
     close = get_close_matches(str(word), [str(k) for k in known], n=1)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """A text that fits into a message."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

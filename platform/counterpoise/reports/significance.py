@@ -85,6 +85,27 @@ def against(reference: str, scores: Mapping[str, Mapping[int, float]]) -> dict[s
     return found
 
 
+def against_picked(reference: str, scores: Mapping[str, Mapping[int, float]]) -> dict[str, Paired]:
+    """As `against`, where these very scores picked the reference: any pair of methods could have come to be tested, so
+    p is corrected for all pairs. Corrected for its own comparisons alone, 4 to 6 equal methods gave a p below 0.05 in
+    7 to 9 % of simulations instead of 5 %.
+    """
+    names = [name for name, own in scores.items() if own]
+    found: dict[tuple[str, str], Paired] = {}
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            pair = against(second, {first: scores[first], second: scores[second]})[first]
+            if pair.p is not None:
+                found[first, second] = pair
+    corrected = dict(zip(found, holm([pair.p or 0.0 for pair in found.values()]), strict=True))
+    own = against(reference, scores)
+    for name, pair in own.items():
+        for key in ((name, reference), (reference, name)):
+            if key in corrected:
+                own[name] = replace(pair, p_holm=corrected[key])
+    return own
+
+
 def smallest_p(n: int, comparisons: int) -> float:
     """The smallest corrected two-sided p that n pairs can give: 2 / 2^n times the number of comparisons."""
     return min(1.0, comparisons * 2 / 2**n)
@@ -98,14 +119,22 @@ def seeds_needed(comparisons: int, level: float = LEVEL) -> int:
     return n
 
 
-def power_note(pairs: Sequence[Paired]) -> str | None:
-    """A sentence, if the seeds of a family are too few for any corrected p below 0.05; None if they are not."""
+def comparisons(tested: int, picked: bool) -> int:
+    """How many comparisons p is corrected for: those with one method, or those of all pairs if scores picked it."""
+    return tested * (tested + 1) // 2 if picked else tested
+
+
+def power_note(pairs: Sequence[Paired], picked: bool = False) -> str | None:
+    """A sentence, if the seeds of a family are too few for any corrected p below 0.05; None if they are not.
+
+    picked: they are corrected for all pairs of their methods.
+    """
     tested = [pair for pair in pairs if pair.p is not None]
-    n, m = max((pair.n for pair in tested), default=0), len(tested)
+    n, m = max((pair.n for pair in tested), default=0), comparisons(len(tested), picked)
     if not tested or smallest_p(n, m) < LEVEL:
         return None
-    seeds, comparisons = (f"{k} {word}{'' if k == 1 else 's'}" for k, word in ((n, "seed"), (m, "comparison")))
+    seeds, several = (f"{k} {word}{'' if k == 1 else 's'}" for k, word in ((n, "seed"), (m, "comparison")))
     return (
-        f"{seeds} cannot reach p < {LEVEL}: the smallest possible p with {comparisons} is {smallest_p(n, m):.3g}; "
+        f"{seeds} cannot reach p < {LEVEL}: the smallest possible p with {several} is {smallest_p(n, m):.3g}; "
         f"{seeds_needed(m)} seeds could."
     )

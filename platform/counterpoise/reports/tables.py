@@ -14,7 +14,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from counterpoise.reports.records import FUSED, RunData, all_modalities, series
-from counterpoise.reports.significance import EXACT_UP_TO, RESAMPLES, Paired, against, power_note
+from counterpoise.reports.significance import (
+    EXACT_UP_TO,
+    RESAMPLES,
+    Paired,
+    against,
+    against_picked,
+    comparisons,
+    power_note,
+)
 from counterpoise.wording import duration
 
 DASH = "-"
@@ -205,6 +213,9 @@ def fused_by_seed(runs: Sequence[RunData]) -> dict[int, float]:
             and (values := values_of([run], "result", "accuracy", FUSED))}  # fmt: skip
 
 
+VS_BEST = "vs best"  # the family of comparisons with the method that the numbers themselves picked
+
+
 def best_label(scores: Mapping[str, Mapping[int, float]]) -> str | None:
     """The method with the highest mean accuracy over its seeds, the first of equals; None if no run has finished."""
     means = {label: statistics.fmean(own.values()) for label, own in scores.items() if own}
@@ -228,7 +239,7 @@ def compared(
     scores = {label: fused_by_seed(runs) for label, runs in groups.items()}
     best = best_label(scores)
     to_reference = against(reference, scores)
-    to_best = against(best, scores) if best is not None else {}
+    to_best = against_picked(best, scores) if best is not None else {}
     seconds = {label: _seconds_per_epoch(runs) for label, runs in groups.items()}
     base = seconds[reference]
     for row in table.rows:
@@ -253,7 +264,7 @@ def compared(
         k: c for k, c in columns.items() if any(row.cells[k].values or row.cells[k].text for row in table.rows)
     }
     mark_best(table.rows, table.columns)
-    families = [(f"vs {reference}", list(to_reference.values())), ("vs best", list(to_best.values()))]
+    families = [(f"vs {reference}", list(to_reference.values())), (VS_BEST, list(to_best.values()))]
     table.remarks = [*significance_notes(families, best), *_time_notes(table, reference), *remarks]
     return table
 
@@ -280,19 +291,19 @@ def significance_notes(families: Sequence[tuple[str, Sequence[Paired]]], best: s
     tested = {name: [pair for pair in pairs if pair.p is not None] for name, pairs in families}
     if not any(tested.values()):
         return []
-    counts = ", ".join(f"{len(pairs)} {name}" for name, pairs in tested.items())
+    counts = ", ".join(f"{comparisons(len(pairs), name == VS_BEST)} {name}" for name, pairs in tested.items())
     notes = [
         "Differences are of fused accuracy, seed by seed. p: exact two-sided sign-flip test on them, with Holm's "
         f"correction for the number of comparisons ({counts}).",
     ]
     if best is not None:
         notes.append(
-            f"Best is {best}, by mean fused accuracy: picked by these same numbers, so p vs best describes and does "
-            "not confirm."
+            f"Best is {best}, by mean fused accuracy: picked by these same numbers, so p vs best is corrected for all "
+            "pairs of methods."
         )
     if any(pair.n > EXACT_UP_TO for pairs in tested.values() for pair in pairs):
         notes.append(f"With more than {EXACT_UP_TO} seeds p is from {RESAMPLES:,} sign flips drawn with a fixed seed.")
-    short = [note for pairs in tested.values() if (note := power_note(pairs))]
+    short = [note for name, pairs in tested.items() if (note := power_note(pairs, name == VS_BEST))]
     return [*notes, *dict.fromkeys(short)]
 
 
