@@ -11,12 +11,18 @@ from collections.abc import Callable, Iterator
 import torch
 
 from counterpoise.config import Experiment
-from counterpoise.contracts import ResourceError
+from counterpoise.contracts import CounterpoiseError
 
 _WORDS = ("can't allocate memory", "cannot allocate memory", "out of memory", "std::bad_alloc")
 _UNITS = {"": 1, "B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # Of torch on the CPU, torch on a GPU, numpy.
 _ASKED = re.compile(r"(?:tried to allocate|allocate) ([\d.]+) ?(KiB|MiB|GiB|TiB|bytes|B)?\b", re.IGNORECASE)
+
+
+class OutOfMemoryError(CounterpoiseError):
+    """A run needs more memory than there is. Another run may need less, so others go on."""
+
+    exit_code = 4
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -49,7 +55,7 @@ def peak_bytes(device: str) -> int:
 
 @contextlib.contextmanager
 def explained(experiment: Experiment, device: str, where: Callable[[], str], workers: int = 1) -> Iterator[None]:
-    """Turn a failed allocation into a ResourceError. It would only come again, so nobody tries again.
+    """Turn a failed allocation into an OutOfMemoryError. It would only come again, so nobody tries again.
 
     where: says in words where the run is.
     """
@@ -72,7 +78,7 @@ def explained(experiment: Experiment, device: str, where: Callable[[], str], wor
         if experiment.data.cache != "off":
             remedies.append("data.cache=off")
         place = "the GPU" if device.startswith("cuda") else "this machine"
-        raise ResourceError(
+        raise OutOfMemoryError(
             f"out of memory in {where()}: {what} could not be had, this process has used up to "
             f"{size(peak_bytes(device))} of {place}. Try {', '.join(remedies[:-1])} or {remedies[-1]}"
         ) from error
