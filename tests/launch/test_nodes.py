@@ -357,6 +357,19 @@ def test_only_real_failures_count_and_an_error_of_ours_is_not_tried_again() -> N
     assert all(patient.make_decision(failed(r1=ActorDiedError())) == FailureDecision.RETRY for _ in range(9))
 
 
+def test_workers_that_ran_out_of_memory_twice_are_not_started_a_third_time() -> None:
+    from ray.exceptions import OutOfMemoryError
+    from ray.train import FailureConfig
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision
+
+    from counterpoise.launch.trainer import Policy
+
+    unlimited: Any = FailureConfig(max_failures=-1)
+    policy = Policy(unlimited)
+    assert policy.make_decision(failed(r1=OutOfMemoryError("low on memory"))) == FailureDecision.RETRY
+    assert policy.make_decision(failed(r1=OutOfMemoryError("low on memory"))) == FailureDecision.RAISE
+
+
 def test_the_end_of_the_budget_says_what_died_how_often_and_how_to_go_on() -> None:
     from counterpoise.launch.train import _ours
 

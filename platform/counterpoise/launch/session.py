@@ -28,6 +28,7 @@ from counterpoise.engine.comm import SingleComm
 from counterpoise.engine.job import Job, execute
 from counterpoise.engine.loop import Progress
 from counterpoise.engine.run import MANIFEST, STOP, RunFolder
+from counterpoise.engine.watchdog import STEP_S
 from counterpoise.telemetry.display import FUSED, LOCAL_POLL_S, REMOTE_POLL_S, Tail
 
 SCHEDULER = "scheduler "  # how the reason of a stop for good begins; its name follows
@@ -165,6 +166,7 @@ class Session:
             device=order.device,
             data=order.data,
             until=until,
+            hang_s=STEP_S,
         )
         if order.workers == 1:
             summary = execute(job, SingleComm(), stop=self._wish, on_epoch=self._on_epoch)

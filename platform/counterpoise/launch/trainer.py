@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
@@ -47,6 +47,7 @@ class Policy(DefaultFailurePolicy):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.lost: list[str] = []  # what died, in order
+        self.starved = 0  # deaths by Ray's memory monitor
         self.after = ""  # why the next group starts
         self.workers: dict[int, str] = {}  # where each rank was
 
@@ -67,6 +68,9 @@ class Policy(DefaultFailurePolicy):
         if _is_preemption_failure(training_failed_error):
             return FailureDecision.RETRY
         self.lost.append(self.after)
+        self.starved += any(isinstance(failure, OutOfMemoryError) for failure in failures.values())
+        if self.starved > 1:  # the others may have left by now, but twice is no accident
+            return FailureDecision.RAISE
         most = self.failure_config.max_failures
         return FailureDecision.RETRY if most < 0 or len(self.lost) <= most else FailureDecision.RAISE
 
