@@ -55,6 +55,14 @@ Compiled = Annotated[str, typer.Option(help="off, default, ..., as compute.compi
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="torch threads per worker.", show_default="cores / workers")]
 CheckpointEvery = Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Longest time between checkpoints.")]
+HangAfter = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        metavar="SECONDS",
+        help="A worker whose step takes longer, and 20 times the median, has hung: end it, to be started again; 0: never.",
+    ),
+]
 Address = Annotated[
     str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to use.", show_default="start one here")
 ]
@@ -160,7 +168,7 @@ def train(
         ),
     ] = None,
     max_failures: Annotated[
-        int, typer.Option(min=-1, help="On Ray: how often workers that died are replaced; -1: always.")
+        int, typer.Option(min=-1, help="With several workers, or on Ray: how often those that died are replaced; -1: always.")
     ] = 2,
     wait: Annotated[
         float | None,
@@ -171,6 +179,7 @@ def train(
             show_default="300; at the start only if the cluster can grow",
         ),
     ] = None,
+    hang_after: HangAfter = 120,
     track: Track = None,
     metrics_port: MetricsPort = "0",
     metrics_address: MetricsAddress = "127.0.0.1",
@@ -212,6 +221,7 @@ def train(
         wait,
         verbose=verbose,
         track=trackers,
+        hang_s=hang_after,
     )
     metrics = Options.parse(metrics_port, metrics_address, metrics_sd, metrics_linger, runs)
     given = read_yaml(experiment) if experiment else None
