@@ -215,6 +215,8 @@ def test_a_slow_rank_is_named_within_fifty_steps_and_left_alone(slow: bool, corp
     assert all(len(r["rank_step_s"]) == 2 for r in folder.records() if r["kind"] == "epoch" and r["epoch"] > 3)
     watched = Watched.of(uri)
     watched.look()
+    shown = list(watched.state.samples())
+    assert ("rank_step_seconds", ("1",), own[1]) in shown and ("events_total", ("straggler",), 1.0) in shown
     with io.StringIO() as text:
         Console(file=text, width=160).print(picture(watched, Console()))
         seen = text.getvalue()

@@ -24,13 +24,14 @@ LIMITS = {
     "action": 16,
     "event": 32,
     "error": 16,
+    "rank": 64,
 }
 LABEL_LENGTH = 120  # characters of a label's value at most
 
 STATES = ("created", "running", "interrupted", "stopped", "failed", "finished")
 SPLITS = ("train", "valid", "test")
 # Counters that exist from the start, so that their first step is seen; others appear when they are first needed.
-EVENTS = ("resumed", "skipped_rows", "checkpoint_fallback", "interrupted", "stopped", "failed")
+EVENTS = ("resumed", "skipped_rows", "checkpoint_fallback", "straggler", "interrupted", "stopped", "failed")
 ERRORS = ("NonFiniteLossError", "other")
 ACTIONS = ("assign_classifier",)
 
@@ -137,6 +138,12 @@ METRICS: tuple[Metric, ...] = (
     _counter("step_seconds_total", "s", "Time of training steps, waiting for data included."),
     _counter("data_wait_seconds_total", "s", "Time of those in which rank 0 waited for data."),
     _gauge("epoch_seconds", "s", "Training time of the last epoch, without evaluation."),
+    _gauge(
+        "rank_step_seconds",
+        "s",
+        "Time of a step on one of several workers, without what it waits for the others; median of the last steps.",
+        "rank",
+    ),
     # --- resilience
     _gauge("checkpoint_timestamp_seconds", "dateTimeAsIso", "When the last checkpoint was complete; absent before."),
     _gauge("checkpoint_seconds", "s", "How long writing it took."),

@@ -194,6 +194,10 @@ class RunState:
         for name, value in plain.items():
             if (known := _number(value)) is not None:
                 yield name, (), known
+        own = status.get("rank_step_s")
+        for rank, value in enumerate(own if isinstance(own, list) else ()):
+            if (known := _number(value)) is not None:
+                yield "rank_step_seconds", (str(rank),), known
         yield from self._balance()
         yield from self._decisions()
         for (name, labels), count in self.counts.items():
