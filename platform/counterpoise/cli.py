@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from datetime import datetime
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -1479,16 +1481,29 @@ def _choice(flag: str, value: str, allowed: Sequence[str]) -> None:
         raise ConfigError(f"{flag} is {value!r}{did_you_mean(value, allowed)}; choose {', '.join(allowed)}")
 
 
+def _without_secrets(text: str) -> str:
+    from counterpoise.engine.run import redact
+
+    return str(redact(text))
+
+
+def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python shows an error that nobody expected, but without the secrets that a library may quote."""
+    say(_without_secrets("".join(traceback.format_exception(kind, error, trace))).rstrip())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: one clear message and an exit code instead of a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # this process is the command
+        sys.excepthook = _unexpected
     verbose = "--verbose" in arguments or "-v" in arguments
     try:
         app(arguments, standalone_mode=True)
     except CounterpoiseError as error:
         if verbose:
             raise
-        say(f"counterpoise: {error}")
+        say(f"counterpoise: {_without_secrets(str(error))}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         say("counterpoise: interrupted")

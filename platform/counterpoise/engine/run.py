@@ -317,6 +317,8 @@ class RunFolder:
             if self._lost:  # we slept for so long that somebody took over
                 raise RefusedError(f"run {self.name!r}: the lock was taken over by {self._lost}; stopping here")
             fields = {key: value for key, value in record.items() if key not in ("seq", "time")}
+            if record.get("kind") == "event":  # may quote what a library said
+                fields = redact(fields)
             full = {"seq": self._records.count(), "time": _clock(), **fields}
             self._records.append([full], sync=record.get("kind") != "progress")
             return full
@@ -369,6 +371,8 @@ class RunFolder:
             "time": _clock(),
         }
         self._status_time = time.monotonic()
+        if "error" in self._status:
+            self._status["error"] = redact(self._status["error"])
         text = _pretty(self._status)
         durable = state not in ("created", "running")
         self._passing(self._heartbeat)

@@ -36,6 +36,7 @@ from counterpoise.telemetry.state import RunState
 LOOPBACK = "127.0.0.1"
 CLIENT_S = 5.0  # a client that has not sent its request, or read the answer, by then is dropped
 CLIENTS = 16  # at a time; more are turned away
+READERS = 100  # that are told apart
 KEEP_S = 300.0  # a run that has ended is shown for so long: Prometheus looks back five minutes
 BEAT_S = 10.0  # between two looks at whether our file is still there
 PUBLISH_S = 5.0
@@ -265,7 +266,8 @@ class _Handler(MetricsHandler):
             return
         began = time.monotonic()
         super().do_GET()
-        self.server.scraped(began)
+        who = ("User-Agent", "X-Prometheus-Scrape-Timeout-Seconds")
+        self.server.scraped((self.client_address[0], *(self.headers.get(name, "") for name in who)), began)
 
 
 class _Server(ThreadingHTTPServer):
@@ -276,15 +278,21 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], registry: CollectorRegistry, family: socket.AddressFamily) -> None:
         self.address_family = family
-        self.scrapes: list[float] = []  # when the last two that were answered in full began
+        self.scrapes: dict[tuple[str, ...], list[float]] = {}  # by reader: when the last two answered in full began
         self._room = threading.BoundedSemaphore(CLIENTS)
         super().__init__(address, _Handler.factory(registry))
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer would ask for the host's full name, which may take long
 
-    def scraped(self, began: float) -> None:
-        self.scrapes = [*self.scrapes[-1:], began]
+    def scraped(self, reader: tuple[str, ...], began: float) -> None:
+        if reader in self.scrapes or len(self.scrapes) < READERS:
+            self.scrapes[reader] = [*self.scrapes.get(reader, [])[-1:], began]
+
+    def readers(self) -> dict[tuple[str, ...], list[float]]:
+        """Those that come again and again; if there are none, whoever came."""
+        known = dict(self.scrapes)
+        return {reader: times for reader, times in known.items() if len(times) == 2} or known
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._room.acquire(blocking=False):
@@ -380,22 +388,24 @@ class Endpoint:
     # --- the end
 
     def linger(self) -> None:
-        """Wait until somebody has read the last values, if anybody reads at all; a signal ends the wait."""
-        limit, scrapes, began = self._options.linger_s, self._server.scrapes, time.monotonic()
+        """Wait until all that read have read the last values, if anybody reads at all; a signal ends the wait."""
+        limit, readers, began = self._options.linger_s, self._server.readers(), time.monotonic()
         settled = self._metrics.settled
-        if settled > 0 and scrapes and scrapes[-1] >= settled:
+        if settled > 0 and readers and all(times[-1] >= settled for times in readers.values()):
             return
         if limit is None:
-            if not scrapes:
+            if not readers:
                 return
-            interval = scrapes[1] - scrapes[0] if len(scrapes) == 2 else 0.0
+            interval = max(times[-1] - times[0] for times in readers.values())
             limit = min(LONGEST_WAIT_S, max(FIRST_WAIT_S, 1.5 * interval))
         if limit <= 0:
             return
         self._warn(f"waiting up to {limit:.0f} s for one more scrape of the last values; Ctrl-C ends the wait")
         with _signals_set(threading.Event()) as asked:
             while time.monotonic() - began < limit and not asked.wait(0.05):
-                if self._server.scrapes and self._server.scrapes[-1] >= began:
+                now = self._server.readers()
+                late = [r for r in readers if now.get(r, [began])[-1] < (settled if settled > 0 else began)]
+                if not late and (readers or now):
                     return
 
     def close(self) -> None:
