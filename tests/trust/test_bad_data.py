@@ -120,7 +120,7 @@ def test_a_check_finds_every_damaged_row_and_no_other(damaged: Path, spoilt: dic
             and found[sample]["modality"] == SPOILT[kind][0]
             and SPOILT[kind][2] in found[sample]["reason"]
         )
-        keep("7", kind, {"sample": sample}, seen)
+        keep("7 bad rows", kind, {"sample": sample}, seen)
         assert seen, (kind, found.get(sample))
     assert found.keys() == spoilt.keys(), "recall of all that is bad, and nothing else"
     assert not report.ok and f"{len(spoilt)} of {TRAIN} rows cannot be decoded" in report.errors[0]
@@ -129,8 +129,8 @@ def test_a_check_finds_every_damaged_row_and_no_other(damaged: Path, spoilt: dic
 def test_a_byte_that_decodes_all_the_same_is_found_by_checksums_alone(
     clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A JPEG with a flipped byte is a picture for every decoder. It is changed where no page checksum sees it: the shard
-    is written again, as a faulty program would."""
+    """A JPEG with a flipped byte is a picture for every decoder. It is changed where no page checksum sees it: the
+    shard is written again, as a faulty program would."""
     shutil.copytree(clean, tmp_path / "c")
     shard = next((tmp_path / "c").glob("train-00000*"))
     rows = pq.read_table(shard).to_pylist()
@@ -145,11 +145,11 @@ def test_a_byte_that_decodes_all_the_same_is_found_by_checksums_alone(
     shard.write_bytes(parquet_bytes(rows, schema, 16))
     report = check_corpus(load_card(str(tmp_path / "c")))
     where = {"file": shard.name, "row": number, "byte": at}
-    keep("7", "flipped byte", where, not report.ok)
+    keep("7 bad rows", "flipped byte", where, not report.ok)
     assert [e for e in report.errors if "its SHA-256 is not the one that is recorded" in e]
     monkeypatch.setattr(check, "_check_sums", lambda *_: None)
     unseen = check_corpus(load_card(str(tmp_path / "c"))).ok
-    keep("7", "flipped byte", where, unseen, control=True)
+    keep("7 bad rows", "control: no checksums", where, not unseen, control=True)
     assert unseen, "the control: without checksums nobody notices"
 
 
@@ -242,10 +242,10 @@ def test_a_sample_of_train_in_test_is_found_also_after_re_encoding(tmp_path: Pat
     (Path(place) / "corpus.yaml").write_text(yaml.safe_dump(card))
     text = lines(place, deep=True)
     said = "train and test: 2 rows of test look and sound like rows of train: train-0001 and test-0001, train-0004 and"
-    keep("9", "re-encoded", {"rows": [1, 4]}, said in text)
+    keep("9 structure", "re-encoded", {"rows": [1, 4]}, said in text)
     assert f"error: {said} test-0004" in text
     plain = lines(place)
-    keep("9", "re-encoded", {"rows": [1, 4]}, "look and sound" not in plain, control=True)
+    keep("9 structure", "control: bytes alone", {"rows": [1, 4]}, "look and sound" in plain, control=True)
     assert "look and sound" not in plain and "whose every modality is equal" not in plain
 
 

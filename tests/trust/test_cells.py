@@ -118,7 +118,7 @@ def test_after_any_kills_exactly_the_missing_cells_are_made(grid: Grid) -> None:
         ending = draw.random() < 0.5
         grid.command(kill_at=draw.randint(1, max(1, min(left, 2 * CELLS // KILLS))), ending=ending)
         where = {"cell": grid.names("killed")[number], "ending": ending}
-        keep("16", "kill", where, True)
+        keep("16 cells", "kill", where, True)
     assert len(grid.names("killed")) == grid.launches, "every kill has landed"
     finished = set(grid.names("done"))
     before = len(grid.names("begun"))
@@ -134,13 +134,13 @@ def test_cells_that_fail_or_are_removed_are_made_again_and_no_others(grid: Grid)
     fails = ["late-seed1"]  # a tenth
     assert grid.command(fails=fails) == 1
     assert grid.rows() == {"joint": SEEDS, "late": SEEDS - 1}, "the table says how many there are"
-    keep("16", "failure", {"cells": fails}, True)
+    keep("16 cells", "failure", {"cells": fails}, True)
     shutil.rmtree(grid.folder / "runs" / "c" / "joint-seed2")
     before = len(grid.names("begun"))
     assert grid.command() == 0
     assert sorted(grid.names("begun")[before:]) == ["joint-seed2", "late-seed1"]
     assert grid.rows() == dict.fromkeys(METHODS, SEEDS)
-    keep("16", "removed cell", {"cells": ["joint-seed2"]}, True)
+    keep("16 cells", "removed cell", {"cells": ["joint-seed2"]}, True)
 
 
 def test_forgetting_what_has_finished_is_noticed(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,5 +149,5 @@ def test_forgetting_what_has_finished_is_noticed(grid: Grid, monkeypatch: pytest
     monkeypatch.setattr(compare.Runner, "_finished", lambda *_: False)
     grid.command()
     repeated = len(grid.names("begun")) - CELLS
-    keep("16", "kill", {"repeated": repeated}, repeated > 0, control=True)
+    keep("16 cells", "control: none has finished", {"repeated": repeated}, repeated == 0, control=True)
     assert repeated == CELLS

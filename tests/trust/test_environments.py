@@ -42,7 +42,12 @@ def test_the_order_of_samples_is_that_of_all_versions(corpus: str) -> None:
     data = LocalData(corpus, batch_size=32, options=DataOptions(cache="on"))
     rows = [batch["row"].tolist() for epoch in (1, 2, 3) for batch in data.train_batches(epoch)]
     found = hashlib.sha256(repr(rows).encode()).hexdigest()
-    keep("23", "order", {"versions": [sys.version.split()[0], np.__version__, torch.__version__]}, found == ORDER)
+    keep(
+        "23 surroundings",
+        "order",
+        {"versions": [sys.version.split()[0], np.__version__, torch.__version__]},
+        found == ORDER,
+    )
     assert found == ORDER
 
 
@@ -66,7 +71,7 @@ def test_another_interpreter_with_other_surroundings_gives_the_same_bits(
     assert other is not None
     here = whole.last.tensors
     same = all(torch.equal(here[f][k], other.tensors[f][k]) for f in here for k in here[f])
-    keep("23", "another interpreter", surroundings, same)
+    keep("23 surroundings", "another interpreter", surroundings, same)
     assert same
     assert RunFolder.open(str(tmp_path / "runs" / "a")).experiment_text == yaml.safe_dump(
         whole.experiment.to_json(), sort_keys=False
@@ -88,5 +93,5 @@ def test_two_threads_give_the_same_order_and_nearly_the_same_losses(whole: Done,
     assert ended.codes == [0] and ended.values == [2], ended.said
     losses = [r["train"]["loss"] for r in folder.records() if r["kind"] == "epoch"]
     near = bool(np.allclose(losses, whole.losses(), rtol=1e-4, atol=0))
-    keep("23", "two threads", {"threads": 2}, near)
+    keep("23 surroundings", "two threads", {"threads": 2}, near)
     assert near

@@ -41,12 +41,12 @@ def test_series_stay_few_and_go_with_their_runs(tmp_path: Path, monkeypatch: pyt
         metrics.end(folder.uri)
     series = sum(len(values) for values in metrics.samples().values())
     few = 0 < series <= RUNS * EACH
-    keep("18", "runs", {"runs": RUNS, "series": series}, few)
+    keep("18 scrapes", "runs", {"runs": RUNS, "series": series}, few)
     assert few
     monkeypatch.setattr(emitter, "KEEP_S", -1.0)
     metrics.begin(new_run(tmp_path, "last").uri, [])
     left = sum(len(values) for values in metrics.samples().values())
-    keep("18", "runs that have ended", {"runs": RUNS, "series": left}, left <= EACH)
+    keep("18 scrapes", "runs that have ended", {"runs": RUNS, "series": left}, left <= EACH)
     assert left <= EACH
 
 
@@ -87,7 +87,12 @@ def test_a_quick_and_a_slow_scraper_both_see_the_last_values(
     for thread in threads:
         thread.join()
     last = {name: max(map(float, values), default=0.0) for name, values in seen.items()}
-    keep("18", "two scrapers", {"seen": {name: len(v) for name, v in seen.items()}}, set(last.values()) == {epochs})
+    keep(
+        "18 scrapes",
+        "two scrapers",
+        {"seen": {name: len(v) for name, v in seen.items()}},
+        set(last.values()) == {epochs},
+    )
     assert last == {"quick": epochs, "slow": epochs}
 
 
@@ -115,5 +120,5 @@ def test_training_under_scrapes_has_the_bits_of_training_without(
             over.set()
             thread.join()
     same = all(torch.equal(alone.weights[k], watched.weights[k]) for k in alone.weights)
-    keep("18", "20 scrapes a second", {"epochs": 2}, same)
+    keep("18 scrapes", "20 scrapes a second", {"epochs": 2}, same)
     assert same and watched.losses() == alone.losses()

@@ -92,7 +92,7 @@ def test_anything_is_an_experiment_or_an_error_with_key_and_source(
 def test_an_answer_comes_at_once() -> None:
     if not took:
         pytest.skip("of the test before, which another process has run")
-    keep("22", "any settings", {"cases": len(took), "median_ms": 1000 * statistics.median(took)}, True)
+    keep("22 settings", "any settings", {"cases": len(took), "median_ms": 1000 * statistics.median(took)}, True)
     assert statistics.median(took) <= 0.050
 
 
@@ -185,7 +185,7 @@ def test_a_field_that_changed_is_harmless_allowed_by_name_or_refused(key: str) -
             with pytest.raises(RefusedError, match="makes it another run"):
                 check_changes(old, new, [key])
             survived = True
-    keep("15", key, {"field": key}, survived)
+    keep("15 drift", key, {"field": key}, survived)
     assert survived
 
 
@@ -198,7 +198,7 @@ def test_a_field_that_nobody_has_classified_is_noticed() -> None:
     assert isinstance(More, type) and issubclass(More, BaseModel)
     known = {*HARMLESS, *CHANGEABLE, *FIXED}
     assert set(fields(Experiment)) == known
-    keep("15", "a new field", {"field": "surprise"}, set(fields(More)) == known, control=True)
+    keep("15 drift", "control: a new field", {"field": "surprise"}, set(fields(More)) == known, control=True)
     assert set(fields(More)) - known == {"surprise"}
 
 

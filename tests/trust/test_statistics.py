@@ -55,7 +55,7 @@ def test_every_number_of_a_table_follows_from_the_raw_predictions(runs: dict[str
     signs = np.array(np.meshgrid(*[(1, -1)] * 3)).reshape(3, -1)
     p = (np.abs(differences @ signs).round(10) >= round(abs(differences.sum()), 10)).mean()
     assert float(rows["late"]["p_reference"]) == pytest.approx(float(p))
-    keep("25", "recomputed", {"numbers": 2 * len(found) * 3}, True)
+    keep("25 statistics", "recomputed", {"numbers": 2 * len(found) * 3}, True)
 
 
 def test_labels_that_are_shuffled_leave_nothing_but_chance(runs: dict[str, list[Done]]) -> None:
@@ -128,11 +128,11 @@ def test_equal_methods_are_told_apart_in_no_more_than_one_of_twenty_tables(
 
     for name, test in (("reference", to_reference), ("best", to_best)):
         found = falsely(test)
-        keep("25", f"p vs {name}", {"simulations": SIMULATIONS, "false": found}, found <= most())
+        keep("25 statistics", f"p vs {name}", {"simulations": SIMULATIONS, "false": found}, found <= most())
         assert found <= most(), name
     monkeypatch.setattr(significance, "holm", list)
     control = falsely(to_reference)
-    keep("25", "p vs reference", {"simulations": SIMULATIONS, "false": control}, control > most(), control=True)
+    keep("25 statistics", "control: no correction", {"false": control}, control <= most(), control=True)
     assert control > most(), "the control: without Holm's correction there are too many"
 
 

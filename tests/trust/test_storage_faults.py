@@ -204,7 +204,7 @@ def test_a_fault_that_passes_changes_no_bit(fault: Fault, store: Store, served: 
     with storage.limits(backoff_s=0.01, backoff_max_s=0.02):
         found = rows("s3://bucket/corpus.yaml")
     survived = same(found, rows(str(served / "corpus.yaml")))
-    keep("6", fault.__name__, {"requests": store.landed} if store.landed else None, survived)
+    keep("6 object store", fault.__name__, {"requests": store.landed} if store.landed else None, survived)
     assert survived
 
 
@@ -219,7 +219,13 @@ def test_a_fault_that_stays_is_an_error_within_the_deadline(fault: Fault, said: 
         with pytest.raises(CounterpoiseError) as caught:
             rows("s3://bucket/corpus.yaml")
         took = time.monotonic() - began
-    keep("6", f"{fault.__name__} for ever", {"requests": store.landed} if store.landed else None, True, recover_s=took)
+    keep(
+        "6 object store",
+        f"{fault.__name__} for ever",
+        {"requests": store.landed} if store.landed else None,
+        True,
+        recover_s=took,
+    )
     assert said in str(caught.value) and "s3://bucket/" in str(caught.value) and "\n" not in str(caught.value)
     assert took < 12.0, "one operation has 2 s and its size; the machine may be busy"
     # aiohttp asks once more by itself where a connection that it kept turns out to be gone
@@ -243,7 +249,8 @@ def test_without_our_deadline_a_server_that_drips_holds_the_client(
     with storage.limits(**QUICK):
         threading.Thread(target=read, daemon=True).start()
         held = not done.wait(4.0)
-    keep("6", "drip", {"requests": store.landed} if store.landed else None, held, control=True)
+    where = {"requests": store.landed} if store.landed else None
+    keep("6 object store", "control: the library's own file", where, not held, control=True)
     assert held
 
 
@@ -258,7 +265,7 @@ def test_a_shard_that_is_replaced_while_it_is_read_is_noticed(store: Store, serv
             file.read(4)
     finally:
         (served / name).write_bytes(whole)
-    keep("6", "wrong ETag", {"request": "GET"}, True)
+    keep("6 object store", "wrong ETag", {"request": "GET"}, True)
 
 
 def test_ranges_are_read_as_they_are_asked_for(store: Store, served: Path) -> None:
