@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -45,12 +46,13 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     cells = [head, *rows(lines)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     text = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
-    steps = sorted(
-        line["where"]["step"] for line in lines if line["test"].startswith("1 ") and line["where"].get("step")
+    kills = [line for line in lines if line["test"].startswith("1 ") and not line["control"]]
+    if steps := [line["where"]["step"] for line in kills if line["where"].get("step") is not None]:
+        tens = Counter(step // 10 for step in steps)
+        text += "\nranks were killed at steps " + ", ".join(f"{10 * t}-{10 * t + 9}: {tens[t]}" for t in sorted(tens))
+    return (
+        text + "\nto recover: to the first step after a fault, without the import of torch, which workers here share\n"
     )
-    if steps:
-        text += f"\nkills of ranks at steps {', '.join(map(str, steps))}"
-    return text
 
 
 def passed(lines: Sequence[Mapping[str, Any]]) -> bool:

@@ -277,8 +277,13 @@ def commanded(job: Job, aim: Aim, place: Path) -> Ended:
     return forked([call], place)
 
 
-@pytest.mark.parametrize("point", ["step", "evaluate", "file"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, "twice"])
+SIGNALS = [
+    (number, point) for number in (signal.SIGTERM, signal.SIGINT, "twice") for point in ("step", "evaluate", "file")
+]
+SOME = [(signal.SIGTERM, "step"), (signal.SIGTERM, "evaluate"), (signal.SIGTERM, "file"), (signal.SIGINT, "step")]
+
+
+@pytest.mark.parametrize(("number", "point"), SIGNALS if full() else [*SOME, ("twice", "file")])
 def test_a_signal_leaves_a_checkpoint_and_the_code_for_it(
     number: Any,
     point: str,

@@ -24,7 +24,7 @@ def test_the_table_counts_faults_controls_and_times(tmp_path: Path, monkeypatch:
     text = table(lines).splitlines()
     assert text[1].split() == ["1", "first", "2", "2", "2", "1", "of", "1", "1.0", "(at", "most", "1.5)"]
     assert text[2].split() == ["10", "later", "1", "1", "1", "-", "-"]
-    assert text[3] == "kills of ranks at steps 4, 5, 9"
+    assert text[3] == "ranks were killed at steps 0-9: 2"
     assert not passed([*lines, {**lines[0], "survived": False}])
     assert not passed([*lines, {**lines[3], "survived": True}]), "a control that nobody noticed"
 
