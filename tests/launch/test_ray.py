@@ -125,7 +125,7 @@ def ray(*jobs: Job, workers: int, **more: Any) -> list[Any]:
     return run_ray(jobs, workers=workers, **more)
 
 
-TIMES = ("time", "seconds", "data_wait_s", "samples_per_s", "wall_s", "data_wait_share", "run", "seq")
+TIMES = ("time", "seconds", "data_wait_s", "samples_per_s", "wall_s", "data_wait_share", "run", "seq", "rank_step_s")
 
 
 def facts(value: Any) -> Any:
