@@ -147,8 +147,10 @@ def test_two_interrupted_workers_end_as_if_nothing_had_happened(two_ranks: Ranks
         assert_same_tensors(seen[f"{name}, interrupted"]["state"], seen[name]["state"])
     whole, again = two_ranks[0][name], two_ranks[0][f"{name}, interrupted"]
     assert timeless(again["summary"]) == timeless(whole["summary"])
-    kept = [r for r in again["records"] if r.get("event") != "resumed"]
-    assert timeless(kept) == timeless(whole["records"])
+    kept, expected = (
+        [r for r in run["records"] if r.get("event") not in ("resumed", "straggler")] for run in (again, whole)
+    )  # on a busy machine one of the two may be slow for a while
+    assert timeless(kept) == timeless(expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
