@@ -254,7 +254,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
         if below is None:
             below = {}
         if not isinstance(below, dict):
-            raise ConfigError(f"--set {key}: {part!r} is a single value and has no settings below it")
+            raise ConfigError(f"--set {_one_line(key)}: {part!r} is a single value and has no settings below it")
         tree[part] = below = dict(below)
         tree = below
     if isinstance(value, str) and isinstance(tree.get(parts[-1]), dict) and "name" in tree[parts[-1]]:
@@ -325,9 +325,13 @@ def explain(
             text = "is missing"
         elif problem["type"] != "value_error":
             text = f"{text}, got {shortened(repr(problem['input']))}"
-        key = shortened(".".join(location).encode("unicode_escape").decode()) or ("sweep" if known else "experiment")
+        key = _one_line(".".join(location)) or ("sweep" if known else "experiment")
         lines.append(f"  {key}: {text}" + (f"  [{origins[key]}]" if key in origins else ""))
     return f"{source}: {len(lines)} problem{'s' if len(lines) != 1 else ''}\n" + "\n".join(lines)
+
+
+def _one_line(key: str) -> str:
+    return shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in key))
 
 
 def _known_keys(location: Sequence[str], tree: Mapping[str, Any]) -> list[str]:

@@ -62,6 +62,7 @@ def lines_of(error: ConfigError) -> list[str]:
 @example(data={"epochs": 10**5000}, sets=[], whole=True, text=True)
 @example(data={"k" * 1_000_000: 1}, sets=[], whole=True, text=False)
 @example(data={"a\nb": 1}, sets=[], whole=True, text=False)
+@example(data={}, sets=["epochs.a\nb=1"], whole=True, text=False)
 @example(data={"method": "v" * 1_000_000}, sets=[], whole=True, text=False)
 def test_anything_is_an_experiment_or_an_error_with_key_and_source(
     data: dict[str, Any], sets: list[str], whole: bool, text: bool
