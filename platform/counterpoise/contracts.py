@@ -27,6 +27,7 @@ Batch = dict[str, "Tensor"]
 #             classifiers {<modality>: n} or {}, coefficients {name: mean}, best_epoch,
 #             classifier_weights {<modality>: [of each, in order]} (only of methods that have others than 1),
 #             seconds, data_wait_s, samples_per_s
+#             rank_step_s (with several workers): median seconds of a step on each, without what it waits for others
 #   decision  epoch, action, add [modalities], inputs {...}, classifiers {<modality>: n after it}
 #   event     event ("resumed", "skipped_rows", "checkpoint_fallback", "interrupted", ...) and free fields; "failed" has
 #             the error's text and its type, "resumed" epoch, batch and step, workers, workers_before if they were more
