@@ -291,6 +291,8 @@ def resolve(
         _put(tree, key, value)
         origins = {k: o for k, o in origins.items() if k != key and not k.startswith(f"{key}.")}
         origins.update(dict.fromkeys((k for k, _ in flatten({key: value})), "command line"))
+    if len(json.dumps(tree)) > plain.MAX_YAML_BYTES // 2:  # what is saved with a run has to be readable again
+        raise ConfigError(f"{source}: longer than {plain.MAX_YAML_BYTES // 2:,} characters, this is no experiment")
     try:
         experiment = Experiment(**tree)
     except ValidationError as error:
