@@ -305,6 +305,7 @@ FIXED = {
     "batch_norm",
     "data.shuffle_window",
     "data.shuffle_mib",
+    "data.transforms",
     "data.augment",
 }
 

@@ -170,7 +170,10 @@ def train(
         ),
     ] = None,
     max_failures: Annotated[
-        int, typer.Option(min=-1, help="With several workers, or on Ray: how often those that died are replaced; -1: always.")
+        int,
+        typer.Option(
+            min=-1, help="With several workers, or on Ray: how often those that died are replaced; -1: always."
+        ),
     ] = 2,
     wait: Annotated[
         float | None,
@@ -1193,6 +1196,20 @@ def bench_scaling(
         compute=_compute(channels_last, precision, compile),
         say=say,
     )
+    print(json.dumps(result, indent=2) if as_json else render(result))
+
+
+@bench.command("start")
+def bench_start(
+    rounds: Annotated[int, typer.Option(min=3)] = 5,
+    workers: Annotated[int, typer.Option(min=1, help="Workers on Ray.")] = 1,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Also on a Ray of its own.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Time from `counterpoise train` to its first step, against `import torch` and against a TorchTrainer alone."""
+    from counterpoise.bench.start import render, start_times
+
+    result = start_times(rounds=rounds, workers=workers, ray=ray, say=say)
     print(json.dumps(result, indent=2) if as_json else render(result))
 
 

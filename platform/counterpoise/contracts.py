@@ -322,6 +322,10 @@ class DataSource(Protocol):
         """
         ...
 
+    def finish(self, batch: Batch) -> Batch:
+        """What is left to do to a batch once it is on the device that trains."""
+        ...
+
     def skipped(self) -> list[dict[str, Any]]:
         """Rows this worker could not decode since the last call: split, sample_id, modality, file, reason."""
         ...

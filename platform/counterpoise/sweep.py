@@ -185,7 +185,7 @@ def step_seconds(experiment: Experiment, settings: Settings, steps: int = 5) -> 
 
     from counterpoise.contracts import Batch
     from counterpoise.engine.comm import SingleComm
-    from counterpoise.engine.evaluate import to_device
+    from counterpoise.engine.feed import on_device
     from counterpoise.engine.job import open_data
     from counterpoise.engine.loop import RunOptions, Trainer
 
@@ -206,13 +206,12 @@ def step_seconds(experiment: Experiment, settings: Settings, steps: int = 5) -> 
             trainer = Trainer(experiment, data, SingleComm(), folder, RunOptions(device))
             trainer.net.train()
             trainer.method.begin_epoch(trainer.net, trainer._context())
-            batches = iter(data.train_batches(1))
+            batches = iter(on_device(data, data.train_batches(1), trainer.device))
             for _ in range(steps + 2):
                 start = now()
-                raw: Batch | None = next(batches, None)
-                if raw is None:
+                batch: Batch | None = next(batches, None)
+                if batch is None:
                     break
-                batch = to_device(raw, trainer.device)
                 trainer.train_batch(batch)
                 trainer.progress.batch += 1
                 times.append(now() - start)

@@ -45,7 +45,13 @@ def scaling(
         groups: dict[int, list[Side]] = {}
         for world in counts:
             say(f"starting {world} worker{'s' if world > 1 else ''}")
-            spec = {"encoder": encoder, "audio": audio, "image": image, "device": place, "compute": dict(compute)}
+            spec: dict[str, Any] = {
+                "encoder": encoder,
+                "audio": audio,
+                "image": image,
+                "device": place,
+                "compute": dict(compute),
+            }
             spec |= {"steps": steps, "world": world, "meeting": os.path.join(root, f"meeting-{world}"), "runs": root}
             specs = [{**spec, "rank": rank} for rank in range(world)]
             groups[world] = _started(specs, opened)

@@ -74,6 +74,9 @@ class OneBatch:
     def batches(self, split: str, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         yield self.batch
 
+    def finish(self, batch: Batch) -> Batch:
+        return batch
+
     def skipped(self) -> list[dict[str, Any]]:
         return []
 

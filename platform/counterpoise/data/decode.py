@@ -74,10 +74,14 @@ class Stats:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Decodes whole rows. Plain data: it can be sent to another process."""
+    """Decodes whole rows. Plain data: it can be sent to another process.
+
+    waves: modalities of sound that are left as waveforms [samples], float32.
+    """
 
     modalities: dict[str, AnyModality]
     stats: dict[str, Stats]
+    waves: frozenset[str] = frozenset()
 
     def __call__(self, cells: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """Compact arrays of one row, written into `out` where it is given; RowError if any modality cannot be decoded,
@@ -86,15 +90,24 @@ class Decoder:
         for name, modality in self.modalities.items():
             place = None if out is None else out[name]
             try:
-                result[name] = decode_cell(cells[name], modality, self.stats.get(name), place)
+                result[name] = decode_cell(cells[name], modality, self.stats.get(name), place, name in self.waves)
             except DecodeError as error:
                 raise RowError(name, str(error)) from None
         return result
 
     def room(self, rows: int) -> dict[str, np.ndarray]:
         """Arrays [rows, ...] to decode into, uninitialised."""
+        return {name: np.empty((rows, *shape), kind) for name, (shape, kind) in self.compact().items()}
+
+    def compact(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of a decoded row."""
         return {
-            name: np.empty((rows, *input_spec(modality, self.stats.get(name)).shape), compact_dtype(modality))
+            name: (
+                (modality.preprocess.num_samples,)
+                if isinstance(modality, AudioModality) and name in self.waves
+                else input_spec(modality, self.stats.get(name)).shape,
+                compact_dtype(modality),
+            )
             for name, modality in self.modalities.items()
         }
 
@@ -116,15 +129,25 @@ def compact_dtype(modality: AnyModality) -> np.dtype:
 
 
 def decode_cell(
-    value: Any, modality: AnyModality, stats: Stats | None = None, out: np.ndarray | None = None
+    value: Any,
+    modality: AnyModality,
+    stats: Stats | None = None,
+    out: np.ndarray | None = None,
+    waveform: bool = False,
 ) -> np.ndarray:
     """The compact array of one cell, in `out` if it is given; DecodeError if the cell is missing, damaged, or not what
-    the card says."""
+    the card says. waveform: of sound, without its spectrogram."""
     if value is None:
         raise DecodeError("missing")
     if isinstance(modality, AudioModality):
         settings = modality.preprocess
         wave = _waveform(_media(value), modality.encoding, settings)
+        if waveform:
+            filled = _filled(wave, settings.num_samples, settings.fill, 0)
+            if out is None:
+                return filled.copy()
+            out[...] = filled
+            return out
         return spectrogram(wave, settings, out, samples=settings.num_samples)
     array = _compact(value, modality, stats, out)
     if out is None:

@@ -18,7 +18,7 @@ import numpy as np
 from counterpoise.contracts import DataError, InputSpec
 from counterpoise.data import plan
 from counterpoise.data.card import SPLITS, Card, load_card, split_card
-from counterpoise.data.decode import Decoder, RowError, Stats, compact_dtype, input_spec
+from counterpoise.data.decode import Decoder, RowError, Stats, input_spec
 from counterpoise.data.index import SplitIndex, fingerprint, open_splits
 from counterpoise.data.options import DataOptions
 from counterpoise.data.transforms import assemble, augmented, check_augment
@@ -26,6 +26,7 @@ from counterpoise.data.units import Decoded, Reader, Window, all_bad, decode_uni
 
 if TYPE_CHECKING:
     from counterpoise.contracts import Batch
+    from counterpoise.data.device import DeviceTransforms
 
 T = TypeVar("T")
 _CACHE_BLOCK = 256
@@ -63,11 +64,16 @@ class LocalData:
         for name, modality in chosen.items():
             if modality.kind in ("vector", "series") and name not in stats:
                 stats[name] = train_stats(self.indexes["train"], modality, name)
-        self.decoder = Decoder(chosen, stats)
         self.modalities: tuple[str, ...] = tuple(chosen)
         self.classes: tuple[str, ...] = self.card.class_names
         self.selects_on: Literal["valid", "test"] = self.card.selects_on
         self.inputs: Mapping[str, InputSpec] = {n: input_spec(m, stats.get(n)) for n, m in chosen.items()}
+        self._on_device: DeviceTransforms | None = None
+        if self.options.transforms == "device":
+            from counterpoise.data.device import DeviceTransforms
+
+            self._on_device = DeviceTransforms(chosen, self.inputs, self.options.augment, seed)
+        self.decoder = Decoder(chosen, stats, self._on_device.waves if self._on_device else frozenset())
         self.fingerprint: str = fingerprint(self.card, self.indexes, self.modalities)
         self.cached = self.options.cache == "on" or (
             self.options.cache == "auto" and self.decoded_bytes() <= self.options.cache_limit_gib * 2**30
@@ -98,7 +104,7 @@ class LocalData:
 
     def decoded_bytes(self) -> int:
         """Memory that all splits take when decoded."""
-        row = sum(int(np.prod(self.inputs[n].shape)) * compact_dtype(m).itemsize for n, m in self._cards().items())
+        row = sum(int(np.prod(shape)) * kind.itemsize for shape, kind in self.decoder.compact().values())
         return row * sum(len(index) for index in self.indexes.values())
 
     def _index(self, split: str) -> SplitIndex:
@@ -177,11 +183,20 @@ class LocalData:
                 if len(whole.rows) == 0:
                     yield None, whole.skipped
                     continue
-                arrays = whole.arrays
-                if epoch is not None and self.options.augment:
-                    ids = [index.sample_ids[r] for r in whole.rows.tolist()]
+                arrays, ready = whole.arrays, dict[str, Any]()
+                changing = epoch is not None and bool(self.options.augment)
+                ids = [index.sample_ids[r] for r in whole.rows.tolist()] if changing else []
+                if self._on_device is not None:
+                    arrays, ready = self._on_device.packed(arrays, epoch if changing else None, ids)
+                elif epoch is not None and changing:
                     arrays = augmented(arrays, self.options.augment, self.seed, epoch, ids)
-                yield assemble(arrays, index.labels[whole.rows], whole.rows, self._cards()), whole.skipped
+                cards = {name: card for name, card in self._cards().items() if name in arrays}
+                batch = assemble(arrays, index.labels[whole.rows], whole.rows, cards)
+                yield {**batch, **ready}, whole.skipped
+
+    def finish(self, batch: Batch) -> Batch:
+        """What is done to a batch on the device that trains."""
+        return self._on_device(batch) if self._on_device is not None else batch
 
     def _decoded_batches(self, split: str, units: Iterable[plan.Unit]) -> Generator[Decoded, None, None]:
         """Decoded pieces of the units, in order. While one window is decoded and its encoded rows go, the next is read
@@ -218,9 +233,7 @@ class LocalData:
         if split in self._cache:
             return
         num_rows = len(self._index(split))
-        arrays = {
-            n: np.zeros((num_rows, *self.inputs[n].shape), dtype=compact_dtype(m)) for n, m in self._cards().items()
-        }
+        arrays = {n: np.zeros((num_rows, *shape), kind) for n, (shape, kind) in self.decoder.compact().items()}
         good = np.zeros(num_rows, dtype=bool)
         with closing(self._decoded_rows(split)) as decoded:
             for part in decoded:

@@ -82,7 +82,7 @@ Op = Annotated[
 
 class DataOptions(BaseModel):
     """How a corpus is read. Nothing but `shuffle_window`, `shuffle_mib`, `bad_samples` and `augment` can change a
-    number."""
+    number, and `transforms` its rounding."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -106,6 +106,11 @@ class DataOptions(BaseModel):
         le=1,
         description="largest fraction of a split that may be undecodable; 0: none, else at least one",
     )
+    transforms: Literal["cpu", "device"] = Field(
+        default="cpu",
+        description="where spectrograms are made, training samples changed and pixels normalised: by the threads that "
+        "decode, or on the device that trains, of waveforms and bytes",
+    )
     augment: dict[str, tuple[Op, ...]] = Field(
         default_factory=dict,
         description="per modality, changes made to training samples, in order; `rgb+flow` changes both alike",
@@ -113,8 +118,9 @@ class DataOptions(BaseModel):
 
     @model_serializer(mode="wrap")
     def _older_digests_hold(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """`shuffle_mib` came later: it is saved, and in the digest, where it is not the default."""
+        """What came later is saved, and in the digest, where it is not the default."""
         data: dict[str, Any] = default(self)
-        if self.shuffle_mib == type(self).model_fields["shuffle_mib"].default:
-            del data["shuffle_mib"]
+        for name in ("shuffle_mib", "transforms"):
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del data[name]
         return data

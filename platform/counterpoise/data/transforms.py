@@ -20,9 +20,64 @@ Array = np.ndarray
 FLOW_CHANNELS, NO_FLOW = 2, 128  # pictures of two channels are u and v of optical flow, with 128 for none
 
 
+# What an op draws for a sample of some shape, from (shape, op, generator); applied below, or in device.py.
+
+
+def _flip_draw(shape: Sequence[int], op: ops.Flip, rng: np.random.Generator) -> tuple[int, ...]:
+    """(1 if it is mirrored,)"""
+    return (int(rng.random() < op.probability),)
+
+
+def _shift_draw(shape: Sequence[int], op: ops.Shift, rng: np.random.Generator) -> tuple[int, ...]:
+    """(down, right)"""
+    down, right = (int(v) for v in rng.integers(-op.pixels, op.pixels + 1, 2))
+    height, width = shape[-2:]
+    return max(-height, min(height, down)), max(-width, min(width, right))
+
+
+def _crop_draw(shape: Sequence[int], op: ops.ResizedCrop, rng: np.random.Generator) -> tuple[int, ...]:
+    """(top, left, height, width) of the part"""
+    height, width = shape[-2:]
+    area = height * width * rng.uniform(*op.scale)
+    ratio = np.exp(rng.uniform(np.log(op.ratio[0]), np.log(op.ratio[1])))
+    w = int(np.clip(round(np.sqrt(area * ratio)), 1, width))
+    h = int(np.clip(round(np.sqrt(area / ratio)), 1, height))
+    return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+
+
+def _time_shift_draw(shape: Sequence[int], op: ops.TimeShift, rng: np.random.Generator) -> tuple[int, ...]:
+    """(columns,)"""
+    most = int(op.fraction * shape[time_axis(shape)])
+    return (int(rng.integers(-most, most + 1)),)
+
+
+def _mask_draw(shape: Sequence[int], op: ops.Mask, rng: np.random.Generator) -> tuple[int, ...]:
+    """(first column, columns, first bin, bins)"""
+    drawn: list[int] = []
+    for axis, fraction in ((-1, op.time), (-2, op.frequency)):
+        length = int(rng.integers(0, int(fraction * shape[axis]) + 1))
+        drawn += [int(rng.integers(0, shape[axis] - length + 1)), length]
+    return tuple(drawn)
+
+
+def time_axis(shape: Sequence[int]) -> int:
+    """Of a spectrogram [1, F, T] or a series [T, C]."""
+    return -1 if len(shape) == 3 else 0
+
+
+DRAWS: dict[str, Callable[..., tuple[int, ...]]] = {
+    "flip": _flip_draw,
+    "shift": _shift_draw,
+    "resized_crop": _crop_draw,
+    "time_shift": _time_shift_draw,
+    "mask": _mask_draw,
+}
+
+
 def flip(array: Array, op: ops.Flip, rng: np.random.Generator) -> Array:
     """Mirrored left and right with the op's probability. Two channels are optical flow: what moved right moves left."""
-    if rng.random() >= op.probability:
+    (mirror,) = _flip_draw(array.shape, op, rng)
+    if not mirror:
         return array
     mirrored = array[..., ::-1]
     if array.shape[-3] != FLOW_CHANNELS:
@@ -36,8 +91,7 @@ def flip(array: Array, op: ops.Flip, rng: np.random.Generator) -> Array:
 def shift(array: Array, op: ops.Shift, rng: np.random.Generator) -> Array:
     """Pixels moved by (down, right), zeros where nothing moved in."""
     height, width = array.shape[-2:]
-    down, right = (int(v) for v in rng.integers(-op.pixels, op.pixels + 1, 2))
-    down, right = max(-height, min(height, down)), max(-width, min(width, right))
+    down, right = _shift_draw(array.shape, op, rng)
     result = np.zeros_like(array)
     result[..., max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = array[
         ..., max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)
@@ -50,11 +104,7 @@ def resized_crop(array: Array, op: ops.ResizedCrop, rng: np.random.Generator) ->
     import cv2
 
     height, width = array.shape[-2:]
-    area = height * width * rng.uniform(*op.scale)
-    ratio = np.exp(rng.uniform(np.log(op.ratio[0]), np.log(op.ratio[1])))
-    w = int(np.clip(round(np.sqrt(area * ratio)), 1, width))
-    h = int(np.clip(round(np.sqrt(area / ratio)), 1, height))
-    top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+    top, left, h, w = _crop_draw(array.shape, op, rng)
     part = np.ascontiguousarray(array[..., top : top + h, left : left + w]).reshape(-1, h, w)
     result = np.empty(array.shape, array.dtype)
     for plane, scaled in zip(part, result.reshape(-1, height, width), strict=True):
@@ -71,20 +121,14 @@ def noise(array: Array, op: ops.Noise, rng: np.random.Generator) -> Array:
 
 
 def time_shift(array: Array, op: ops.TimeShift, rng: np.random.Generator) -> Array:
-    axis = -1 if array.ndim == 3 else 0  # spectrogram [1, F, T], series [T, C]
-    most = int(op.fraction * array.shape[axis])
-    return np.roll(array, int(rng.integers(-most, most + 1)), axis=axis)
+    (columns,) = _time_shift_draw(array.shape, op, rng)
+    return np.roll(array, columns, axis=time_axis(array.shape))
 
 
 def mask(array: Array, op: ops.Mask, rng: np.random.Generator) -> Array:
+    column, columns, bin_, bins = _mask_draw(array.shape, op, rng)
     result = array.copy()
-    for axis, fraction in ((-1, op.time), (-2, op.frequency)):
-        size = array.shape[axis]
-        length = int(rng.integers(0, int(fraction * size) + 1))
-        start = int(rng.integers(0, size - length + 1))
-        part: list[Any] = [slice(None)] * array.ndim
-        part[axis] = slice(start, start + length)
-        result[tuple(part)] = array.min()
+    result[..., column : column + columns] = result[..., bin_ : bin_ + bins, :] = array.min()
     return result
 
 
@@ -171,21 +215,30 @@ def augmented(
     """Compact arrays [B, ...] with every sample changed by a generator of (seed, epoch, sample id, modality).
 
     Modalities with a common key draw the same numbers, in whatever order it names them. They are changed together
-    first, and then by what is asked of each alone.
+    first, and then by what is asked of each alone. Those that are not in `arrays` are changed elsewhere.
     """
     result = dict(arrays)
-    for key, wanted in sorted(augment.items(), key=lambda item: "+" not in item[0]):
-        names = key.split("+")
-        for name in names if wanted else ():
+    for key, wanted in in_order(augment):
+        for name in (n for n in key.split("+") if wanted and n in result):
             changed = np.empty_like(result[name])
             for i, sample_id in enumerate(sample_ids):
-                rng = generator("augment", seed, epoch, sample_id, "+".join(sorted(names)))
+                rng = op_generator(seed, epoch, sample_id, key)
                 sample = result[name][i]
                 for op in wanted:
                     sample = OPS[op.name][0](sample, op, rng)
                 changed[i] = sample
             result[name] = changed
     return result
+
+
+def in_order(augment: Mapping[str, Sequence[Any]]) -> list[tuple[str, Sequence[Any]]]:
+    """What is done to several modalities together comes first."""
+    return sorted(augment.items(), key=lambda item: "+" not in item[0])
+
+
+def op_generator(seed: int, epoch: int, sample_id: str, key: str) -> np.random.Generator:
+    """Of the ops that the modalities of a key share, for one sample."""
+    return generator("augment", seed, epoch, sample_id, "+".join(sorted(key.split("+"))))
 
 
 def to_tensor(array: Array, modality: AnyModality) -> Any:

@@ -110,7 +110,9 @@ def _plain(scalar: Any) -> Any:
     if isinstance(scalar, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar) and scalar.is_valid:
         kind = scalar.values.type
         if pa.types.is_floating(kind) or pa.types.is_integer(kind):
-            return np.array(scalar.values.to_numpy(zero_copy_only=False))
+            if scalar.values.null_count:
+                return np.array(scalar.values.to_numpy(zero_copy_only=False))
+            return np.array(np.from_dlpack(scalar.values))  # to_numpy would import pandas, a second at every start
     return scalar.as_py()
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from counterpoise.contracts import LABEL, ROW, Batch, Comm, DataError, DataSource, Outputs, SplitStats
+from counterpoise.engine.feed import on_device
 from counterpoise.engine.metrics import classification_metrics
 from counterpoise.functional import accuracy_gap, true_class_scores
 from counterpoise.methods import Method
@@ -27,7 +28,9 @@ class Accumulator:
         self.sums: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, value: torch.Tensor | float) -> None:
-        value = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        if not isinstance(value, torch.Tensor):  # made there: to copy it would make the host wait
+            value = torch.full((), value, dtype=torch.float64, device=self.device)
+        value = value.to(self.device, torch.float64)
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def add_predictions(self, logits: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
@@ -65,10 +68,6 @@ def split_stats(sums: dict[str, float]) -> SplitStats:
     return SplitStats(round(sums.get("samples", 0)), under("loss/"), correct, under("score/"))
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
 def predictions(net: MultimodalNet, method: Method[Any], out: Outputs) -> dict[str, torch.Tensor]:
     """Logits by name: every modality of `out`, and "fused" where all are there."""
     complete = out.fused is not None or len(out.unimodal) == len(net.modalities)
@@ -87,8 +86,7 @@ def evaluate(
         sums.add(name, 0)
     for name in data.modalities:
         sums.add(f"score/{name}", 0)
-    for raw in data.batches(split):
-        batch = to_device(raw, device)
+    for batch in on_device(data, data.batches(split), device):
         logits, labels = predictions(net, method, method.predict(net, batch)), batch[LABEL]
         sums.add("samples", len(labels))
         sums.add("loss/fused", F.cross_entropy(logits["fused"], labels, reduction="sum"))
@@ -131,8 +129,7 @@ def gather_rows(
     total = data.num_samples(split)
     seen = torch.zeros(total, device=device)
     tables: dict[str, torch.Tensor] = {}
-    for raw in data.batches(split):
-        batch = to_device(raw, device)
+    for batch in on_device(data, data.batches(split), device):
         for name, values in compute(batch).items():
             if name not in tables:
                 tables[name] = torch.zeros(total, values.shape[1], device=device)

@@ -13,7 +13,7 @@ from counterpoise.config import parse_yaml, resolve
 from counterpoise.contracts import LABEL, DataError
 from counterpoise.engine.again import selected
 from counterpoise.engine.comm import SingleComm
-from counterpoise.engine.evaluate import to_device
+from counterpoise.engine.feed import on_device
 from counterpoise.engine.job import chosen_device, open_data
 from counterpoise.engine.loop import load_model, make_method, make_network
 from counterpoise.engine.run import RunFolder
@@ -48,8 +48,7 @@ def encode_run(run: str, split: str = "test", most: int = 600, seed: int = 0, de
         net.to(place).eval()
         rows = np.sort(np.random.default_rng(seed).permutation(total)[:most]).tolist()
         parts: dict[str, list[Any]] = {name: [] for name in (LABEL, *net.modalities)}
-        for raw in data.batches(split, rows):
-            batch = to_device(raw, place)
+        for batch in on_device(data, data.batches(split, rows), place):
             parts[LABEL].append(batch[LABEL].cpu().numpy())
             for name in net.modalities:
                 parts[name].append(net.encode(name, batch[name]).cpu().numpy())

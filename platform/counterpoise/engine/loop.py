@@ -49,8 +49,8 @@ from counterpoise.engine.evaluate import (
     prediction_columns,
     predictions,
     split_stats,
-    to_device,
 )
+from counterpoise.engine.feed import on_device
 from counterpoise.engine.optim import (
     build_optimizer,
     learning_rate,
@@ -287,7 +287,8 @@ class Trainer:
             for name, value in zip(losses, values.unbind(), strict=True):
                 self.sums.add(f"loss/{name}", value.double() * size)
             for name, coefficient in coefficients.items():
-                self.sums.add(f"coefficient/{name}", torch.as_tensor(coefficient).detach() * step.share * size)
+                known = coefficient.detach() if isinstance(coefficient, Tensor) else coefficient
+                self.sums.add(f"coefficient/{name}", known * step.share * size)
             merged.unimodal.update({name: z.detach() for name, z in out.unimodal.items()})
             merged.fused = out.fused.detach() if out.fused is not None else merged.fused
         assert step is not None, "a method has at least one phase"
@@ -394,12 +395,12 @@ class Trainer:
         set_learning_rate(self.optimizer, self.learning_rate, self.method.lr_scales())
         self.net.train()
         num_batches = len(self.bounds) - 1
-        batches = iter(self.data.train_batches(progress.epoch, progress.batch))
+        batches = on_device(self.data, self.data.train_batches(progress.epoch, progress.batch), self.device)
         clock = time.perf_counter()
-        for raw in batches:
+        for batch in batches:
             arrived = time.perf_counter()
             progress.data_wait_s += arrived - clock
-            self.train_batch(to_device(raw, self.device))
+            self.train_batch(batch)
             progress.samples += self.bounds[progress.batch + 1] - self.bounds[progress.batch]
             progress.batch += 1
             progress.step += 1
@@ -430,8 +431,7 @@ class Trainer:
         if fraction < 1:
             draw = generator("subset", self.experiment.seed, split, self.progress.epoch)
             rows = sorted(draw.choice(total, max(1, round(fraction * total)), replace=False).tolist())
-        for raw in self.data.batches(split, rows):
-            yield to_device(raw, self.device)
+        yield from on_device(self.data, self.data.batches(split, rows), self.device)
 
     def _begin_stage(self, stage: Stage) -> None:
         if stage.aside:

@@ -70,7 +70,7 @@ def _features(
     net: MultimodalNet, data: DataSource, split: str, comm: Comm, device: torch.device
 ) -> tuple[npt.NDArray[np.int64], dict[str, Tensor]]:
     def encode(batch: Batch) -> dict[str, Tensor]:
-        return {name: encoder(batch[name]) for name, encoder in net.encoders.items()}
+        return {name: net.encode(name, batch[name]) for name in net.modalities}
 
     net.eval()
     return gather_rows(encode, data, split, comm, device)

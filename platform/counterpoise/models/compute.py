@@ -85,7 +85,9 @@ def encode(encoder: nn.Module, x: Tensor, compute: Compute) -> Tensor:
 
 
 def _run(encoder: Callable[[Tensor], Tensor], x: Tensor, compute: Compute) -> Tensor:
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=compute.precision == "bf16"):
+    if compute.precision != "bf16":
+        return encoder(x)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         return encoder(x).float()
 
 
