@@ -315,6 +315,10 @@ class DataSource(Protocol):
         """This worker's part of every global batch of the epoch, from global batch `start` on."""
         ...
 
+    def expect(self, epoch: int) -> None:
+        """Say that the batches of an epoch will be asked for next, but for other splits: reading may begin."""
+        ...
+
     def batches(self, split: str, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         """This worker's part of a split, without augmentation; together the workers see every row exactly once.
 

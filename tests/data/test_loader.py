@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pickle
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from counterpoise.contracts import ConfigError, DataError
 from counterpoise.data import plan, units
-from counterpoise.data.loader import LocalData, bad_budget, in_background
+from counterpoise.data.loader import Background, LocalData, bad_budget
 from counterpoise.data.options import DataOptions
 
 from .conftest import CARD, image_bytes, write_corpus
@@ -217,13 +218,43 @@ def test_closing_early_leaves_no_thread(tiny):
     assert threading.active_count() == before
 
 
+def test_an_epoch_that_is_expected_is_read_ahead_and_is_the_same(tiny):
+    wanted = list(loader(tiny, cache="off", augment=AUGMENT).train_batches(2))
+    data = loader(tiny, cache="off", augment=AUGMENT)
+    reading, start = [], data._decoded_batches
+
+    def noted(split, units):
+        reading.append(split)
+        yield from start(split, units)
+
+    data._decoded_batches = noted
+    before = threading.active_count()
+    data.expect(2)
+    for _ in range(1000):
+        if reading:
+            break
+        time.sleep(0.01)
+    assert reading == ["train"], "before it is asked for"
+    assert len(list(data.batches("test"))) > 0, "other things may be read meanwhile"
+    assert_equal(list(data.train_batches(2)), wanted)
+    assert reading == ["train", "test"]
+    data.expect(3)
+    assert_equal(list(data.train_batches(2, start=1)), wanted[1:])
+    data.expect(3)
+    data.close()
+    assert threading.active_count() == before
+    cached = loader(tiny, cache="on")
+    cached.expect(1)
+    assert threading.active_count() == before, "nothing is to be read"
+
+
 def test_errors_in_the_background_surface_and_end_the_thread():
     def failing():
         yield 1
         raise OSError("the disk is gone")
 
     before = threading.active_count()
-    items = in_background(failing(), 4)
+    items = Background(failing(), 4)
     assert next(items) == 1
     with pytest.raises(OSError, match="the disk is gone"):
         next(items)

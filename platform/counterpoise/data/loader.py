@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from counterpoise.data.device import DeviceTransforms
 
 T = TypeVar("T")
+_Made = tuple["Batch | None", list[tuple[int, str, str]]]  # a batch, and rows that were skipped for it
 _CACHE_BLOCK = 256
 
 
@@ -81,6 +82,7 @@ class LocalData:
         self._cache: dict[str, tuple[dict[str, np.ndarray], np.ndarray]] = {}
         self._bad: dict[str, dict[int, dict[str, Any]]] = {}
         self._unreported: list[dict[str, Any]] = []
+        self._ahead: tuple[tuple[int, int], Background[_Made]] | None = None  # (epoch, start) that was begun
         self.on_progress: Callable[[], None] = lambda: None  # called while the cache is filled
 
     # Facts
@@ -120,8 +122,12 @@ class LocalData:
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This worker's part of every global batch of the epoch, from global batch `start` on."""
+        begun = self._taken((epoch, start))
+        return self._batches("train", self._units(epoch, start) if begun is None else (), epoch, begun)
+
+    def _units(self, epoch: int, start: int) -> Iterable[plan.Unit]:
         index = self._index("train")
-        units = plan.rank_units(
+        return plan.rank_units(
             "train",
             index.group_pairs,
             index.group_sizes,
@@ -135,7 +141,23 @@ class LocalData:
             max_batches=self._batches_of_a_unit(),
             least_windows=self.least_windows("train"),
         )
-        return self._batches("train", units, epoch)
+
+    def expect(self, epoch: int) -> None:
+        """Begin to read and decode an epoch, whose batches will be asked for later; nothing if they are in memory."""
+        if not self.cached:
+            self._taken(None)
+            units = self._units(epoch, 0)
+            made = self._assembled("train", self._decoded_batches("train", units), epoch)
+            self._ahead = (epoch, 0), Background(made, self.options.prefetch)
+
+    def _taken(self, wanted: tuple[int, int] | None) -> Background[_Made] | None:
+        """What was begun for (epoch, start); anything else that was begun ends."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == wanted:
+            return ahead[1]
+        if ahead is not None:
+            ahead[1].close()
+        return None
 
     def least_windows(self, split: str) -> int:
         """So many that the encoded rows of one window fit into the memory that is meant for them."""
@@ -160,14 +182,19 @@ class LocalData:
         )
         return self._batches(split, units, None)
 
-    def _batches(self, split: str, units: Iterable[plan.Unit], epoch: int | None) -> Iterator[Batch]:
-        cached = self.cached
-        if cached:
-            self.fill_cache(split)
-        decoded = self._from_cache(split, units) if cached else self._decoded_batches(split, units)
-        made = self._assembled(split, decoded, epoch)
-        if not cached or (epoch is not None and self.options.augment):
-            made = in_background(made, self.options.prefetch)
+    def _batches(
+        self, split: str, units: Iterable[plan.Unit], epoch: int | None, begun: Background[_Made] | None = None
+    ) -> Iterator[Batch]:
+        made: Generator[_Made, None, None] | Background[_Made]
+        if begun is not None:
+            made = begun
+        else:
+            if self.cached:
+                self.fill_cache(split)
+            decoded = self._from_cache(split, units) if self.cached else self._decoded_batches(split, units)
+            made = self._assembled(split, decoded, epoch)
+            if not self.cached or (epoch is not None and self.options.augment):
+                made = Background(made, self.options.prefetch)
         with closing(made):
             for batch, skipped in made:
                 self._note(split, skipped)
@@ -176,7 +203,7 @@ class LocalData:
 
     def _assembled(
         self, split: str, decoded: Generator[Decoded, None, None], epoch: int | None
-    ) -> Generator[tuple[Batch | None, list[tuple[int, str, str]]], None, None]:
+    ) -> Generator[_Made, None, None]:
         index = self.indexes[split]
         with closing(decoded):
             for whole in joined(decoded):
@@ -289,7 +316,8 @@ class LocalData:
         return result
 
     def close(self) -> None:
-        """Give the memory of the cache back."""
+        """Give the memory of the cache back, and end what was begun."""
+        self._taken(None)
         self._cache.clear()
 
 
@@ -324,41 +352,52 @@ class _Failure:
         self.error = error
 
 
-def in_background(source: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
-    """The items of `source`, made by a thread up to `depth` ahead. Errors surface; closing it ends the thread."""
-    box: queue.Queue[Any] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-    end = object()
+class Background(Iterator[T]):
+    """The items of `source`, made by a thread up to `depth` ahead, from now on. Errors surface; closing it ends the
+    thread."""
 
-    def put(item: Any) -> bool:
-        while not stop.is_set():
+    def __init__(self, source: Generator[T, None, None], depth: int) -> None:
+        self._box: queue.Queue[Any] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._end = object()
+        self._thread = threading.Thread(target=self._work, args=(source,), name="batches", daemon=True)
+        self._thread.start()
+
+    def _work(self, source: Generator[T, None, None]) -> None:
+        try:
+            with closing(source):
+                for item in source:
+                    if not self._put(item):
+                        return
+            self._put(self._end)
+        except BaseException as error:  # handed to the consumer, whatever it is
+            self._put(_Failure(error))
+
+    def _put(self, item: Any) -> bool:
+        while not self._stop.is_set():
             try:
-                box.put(item, timeout=0.05)
+                self._box.put(item, timeout=0.05)
                 return True
             except queue.Full:
                 continue
         return False
 
-    def work() -> None:
-        try:
-            with closing(source):
-                for item in source:
-                    if not put(item):
-                        return
-            put(end)
-        except BaseException as error:  # handed to the consumer, whatever it is
-            put(_Failure(error))
+    def __next__(self) -> T:
+        if self._stop.is_set():
+            raise StopIteration
+        item = self._box.get()
+        if item is self._end:
+            self.close()
+            raise StopIteration
+        if isinstance(item, _Failure):
+            self.close()
+            raise item.error
+        value: T = item
+        return value
 
-    thread = threading.Thread(target=work, name="batches", daemon=True)
-    thread.start()
-    try:
-        while (item := box.get()) is not end:
-            if isinstance(item, _Failure):
-                raise item.error
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
 
 
-__all__ = ["SPLITS", "LocalData", "bad_budget", "in_background", "joined"]
+__all__ = ["SPLITS", "Background", "LocalData", "bad_budget", "joined"]

@@ -29,7 +29,7 @@ from counterpoise.contracts import ConfigError, DataError, Interrupted, RefusedE
 from counterpoise.data.card import CARD, AnyModality, Card, load_card, prepared_corpora
 from counterpoise.data.decode import Decoder, RowError
 from counterpoise.data.index import SplitIndex, check_light, columns_of, open_parquet, open_split
-from counterpoise.data.loader import in_background
+from counterpoise.data.loader import Background
 from counterpoise.data.shards import columns_bytes
 from counterpoise.data.units import RawRows, Reader
 from counterpoise.engine.again import missing_cases
@@ -306,7 +306,7 @@ def make_part(number: int, work: Work, model: Model, stop: Callable[[], str | No
     taken: list[int] = []
     tables: dict[str, list[np.ndarray]] = {name: [] for name in names}
     bad: list[dict[str, Any]] = []
-    source = in_background(_decoded(rows, work, decoder), 2)
+    source = Background(_decoded(rows, work, decoder), 2)
     with closing(source):
         for block, good, failed in source:
             if stop():

@@ -416,6 +416,8 @@ class Trainer:
             raise DataError(
                 f"epoch {progress.epoch} gave {progress.batch} batches on rank {self.comm.rank}, expected {num_batches}"
             )
+        if progress.epoch < min(self.epochs, self.options.until or self.epochs):
+            self.data.expect(progress.epoch + 1)  # read while this epoch is evaluated
 
     def _context(self) -> EpochContext:
         stage, stage_epoch = self.plan[self.progress.epoch - 1]

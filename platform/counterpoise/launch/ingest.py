@@ -95,6 +95,9 @@ class RayData(LocalData):
     def _decoded_batches(self, split: str, units: Iterable[plan.Unit]) -> Generator[Decoded, None, None]:
         return self._pipeline(split, list(units), self.world)
 
+    def expect(self, epoch: int) -> None:
+        """Nothing: two pipelines of a worker at once could take the CPUs that another's is waiting for."""
+
     # cached
 
     def fill_cache(self, split: str) -> None:

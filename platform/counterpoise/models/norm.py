@@ -9,22 +9,52 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from counterpoise.contracts import Comm
 
 
-class _SumOverWorkers(torch.autograd.Function):
-    """Sum over workers; the gradient of a sum of all workers' losses is summed likewise."""
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / deviation * weight + bias over the batches of all workers; also mean, variance and number of values.
+
+    Torch's own kernels do all that is done per value; what is summed over workers is a few numbers per channel. As the
+    losses of all workers are summed, so are the gradients of what they share.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
-        ctx.comm = comm
-        return comm.sum(x)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, eps: float, comm: Comm
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        axes = [0, *range(2, x.dim())]
+        variance, mean = torch.var_mean(x.float(), axes, correction=0)
+        # Moments about `shift`, which all workers share: without it, E[x^2] - E[x]^2 loses digits.
+        offset, count = mean - shift, mean.new_full((1,), x.numel() / x.shape[1])
+        sums = comm.sum(torch.cat([count * offset, count * (variance + offset.square()), count]))
+        total = sums[-1]
+        offset, square = (sums[:-1] / total).chunk(2)
+        mean, variance = shift + offset, (square - offset.square()).clamp(min=0)
+        out = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+        ctx.save_for_backward(x, weight, mean, variance, total)
+        ctx.eps, ctx.comm = eps, comm
+        ctx.mark_non_differentiable(mean, variance, total)
+        return out, mean, variance, total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.comm.sum(gradient.contiguous()), None
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance, total = ctx.saved_tensors
+        direct, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        by_weight, by_bias = ctx.comm.sum(torch.cat([to_weight, to_bias])).chunk(2)
+        # Through mean and variance: -(by_bias + by_weight * (x - mean) / deviation) * weight / deviation / total.
+        inverse = torch.rsqrt(variance + ctx.eps)
+        slope = -weight * by_weight * inverse.square() / total
+        constant = -weight * by_bias * inverse / total - slope * mean
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        whole = direct + torch.addcmul(constant.view(shape), x, slope.view(shape)).to(direct.dtype)
+        return whole, to_weight, to_bias, None, None, None
 
 
 class GlobalBatchNorm(nn.Module):
@@ -48,23 +78,16 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        axes = [0, *range(2, x.dim())]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        # Moments about the running mean, which all workers share: without a shift, E[x^2] - E[x]^2 loses digits.
-        shift = self.running_mean.clone()
-        centred = x - shift.view(shape)
-        count = centred.new_full((1,), x.numel() / x.shape[1])
-        sums = _SumOverWorkers.apply(torch.cat([centred.sum(axes), centred.square().sum(axes), count]), self.comm)
-        total = sums[-1].detach()
-        mean, square = (sums[:-1] / total).chunk(2)
-        variance = square - mean.square()
+        out, mean, variance, total = _Normalise.apply(
+            x, self.weight, self.bias, self.running_mean.clone(), self.eps, self.comm
+        )
         with torch.no_grad():
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean + shift, self.momentum)
+            self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * total / (total - 1).clamp(min=1), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return ((centred - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        normalised: Tensor = out
+        return normalised
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, GlobalBatchNorm)
