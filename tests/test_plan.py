@@ -356,7 +356,8 @@ def test_synchronised_batch_normalisation_sends_two_messages_per_layer(corpus_wi
     pictures = {"modalities": {"image": small, "sound": small}, "data": {"cache": "off"}}
     found = workload_on(corpus_with_media, **pictures)
     sizes = sorted(found.shared.messages.at(32).tolist())[:-1]
-    assert sizes == sorted([4.0 * (2 * c + 1) for c in (4, 6)] * 4)
+    forward, backward = [4.0 * (2 * c + 1) for c in (4, 6)], [4.0 * 2 * c for c in (4, 6)]  # how many goes with sums
+    assert sizes == sorted([*forward, *backward] * 2)
     assert found.batch_norm == "sync"
     local = workload_on(corpus_with_media, batch_norm="local", **pictures)
     assert local.shared.messages.number == 1

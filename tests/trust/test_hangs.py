@@ -99,8 +99,11 @@ def test_a_rank_that_hangs_is_ended_with_its_stacks_and_the_run_goes_on(
     took = over - landed["clock"] if landed else 0.0
     assert ended.codes[1] == HUNG and ended.codes[0] in (3, HUNG), ended.said
     stacks = (Path(uri) / "logs" / "hang-rank-1.log").read_text()
-    words = rf"rank 1 on \S+, process \d+: nothing has moved for \d s \(epoch 2, batch \d, .*allowed: {allowed:.0f} s\)"
-    assert re.search(words, stacks) and "in hang" in stacks and "Thread 0x" in stacks, stacks
+    words = r"rank 1 on \S+, process \d+: nothing has moved for \d+ s \(epoch 2, batch \d, .*allowed: (\d+) s\)"
+    found = re.search(words, stacks)  # of a step: 20 times the median, if that is more on a busy machine
+    assert found and int(found[1]) >= allowed and (where == "forward" or int(found[1]) == allowed), stacks
+    allowed = int(found[1])
+    assert "in hang" in stacks and "Thread 0x" in stacks, stacks
     assert "nothing has moved" in ended.said[1]
     again = train(job_of(experiment, uri, True), tmp_path, 2, [aim], also=also)
     wrong = differences(uri, whole) if again.codes == [0, 0] else again.said

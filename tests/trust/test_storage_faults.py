@@ -211,8 +211,9 @@ def test_a_fault_that_passes_changes_no_bit(fault: Fault, store: Store, served: 
 @pytest.mark.parametrize(("fault", "said"), LASTING, ids=[f.__name__ for f, _ in LASTING])
 def test_a_fault_that_stays_is_an_error_within_the_deadline(fault: Fault, said: str, store: Store) -> None:
     """From the first range of the first shard on; nothing waits for the server, and nothing multiplies tries."""
-    with storage.limits(**QUICK):
+    with storage.limits(**{**QUICK, "deadline_s": 30.0, "attempts": 20}):
         storage.size("s3://bucket/corpus.yaml")  # a client that is there: the deadline is of the server
+    with storage.limits(**QUICK):
         store.requests.clear()
         store.fault, store.hits = fault, lambda command, number: command == "GET" and number > 6
         began = time.monotonic()
