@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Annotated, Any
@@ -1100,6 +1100,10 @@ def bench_step(
         against=against,
         floor=floor,
     )
+    _show(result, render, as_json)
+
+
+def _show(result: dict[str, Any], render: Callable[[Any], str], as_json: bool) -> None:
     print(json.dumps(result, indent=2) if as_json else render(result))
 
 
@@ -1160,7 +1164,7 @@ def bench_epoch(
             out=folder,
             say=say,
         )
-    print(json.dumps(result, indent=2) if as_json else render(result))
+    _show(result, render, as_json)
 
 
 @bench.command("scaling")
@@ -1196,7 +1200,7 @@ def bench_scaling(
         compute=_compute(channels_last, precision, compile),
         say=say,
     )
-    print(json.dumps(result, indent=2) if as_json else render(result))
+    _show(result, render, as_json)
 
 
 @bench.command("start")
@@ -1210,7 +1214,7 @@ def bench_start(
     from counterpoise.bench.start import render, start_times
 
     result = start_times(rounds=rounds, workers=workers, ray=ray, say=say)
-    print(json.dumps(result, indent=2) if as_json else render(result))
+    _show(result, render, as_json)
 
 
 @bench.command("all")
@@ -1265,7 +1269,7 @@ def bench_ingest(
             waiting=waiting,
             say=say,
         )
-    print(json.dumps(result, indent=2) if as_json else render(result))
+    _show(result, render, as_json)
 
 
 @bench.command("stream")
@@ -1297,7 +1301,7 @@ def bench_stream(
             out=folder,
             say=say,
         )
-    print(json.dumps(result, indent=2) if as_json else render(result))
+    _show(result, render, as_json)
     if not result["within"]:
         raise typer.Exit(4)
 
@@ -1453,7 +1457,7 @@ def bench_metrics(
     from counterpoise.bench.metrics import measure, render
 
     result = measure(seconds, rounds, threads)
-    print(json.dumps(result, indent=2) if as_json else render(result))
+    _show(result, render, as_json)
 
 
 @app.command()
@@ -1488,7 +1492,7 @@ def verify(
         verbose=verbose,
         say=say,
     )
-    print(json.dumps(result, indent=2) if as_json else render(result))
+    _show(result, render, as_json)
     if not result["passed"]:
         raise typer.Exit(1)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from counterpoise.bench.ingest import AUGMENT, Say
-from counterpoise.bench.machine import Side, Spread, machine, machine_line
+from counterpoise.bench.machine import Side, Spread, machine, machine_line, spread_text
 from counterpoise.bench.media import EMOTIONS, make_raw, prepare_cremad
 from counterpoise.bench.released import chosen_resampler
 from counterpoise.bench.released_step import check_checkout
@@ -179,7 +179,6 @@ def render(result: Mapping[str, Any]) -> str:
     for row in result["rows_measured"]:
         faster = ""
         if "times_faster" in row:
-            ratio = row["times_faster"]
-            faster = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+            faster = spread_text(row["times_faster"])
         lines.append(f"{row['what']:25}  {row['median_s']:7.2f} s  {row['samples_per_s']:9.1f}  {faster}".rstrip())
     return "\n".join(lines)

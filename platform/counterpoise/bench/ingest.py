@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from counterpoise.bench.machine import Side, Spread, machine, machine_line, watched
+from counterpoise.bench.machine import Side, Spread, machine, machine_line, spread_text, watched
 from counterpoise.bench.media import few_rows_card, make_raw, prepare_cremad
 from counterpoise.bench.released import chosen_resampler
 from counterpoise.contracts import ResourceError
@@ -294,11 +294,10 @@ def render(result: Mapping[str, Any]) -> str:
         f"{'':29}  {'samples/s':>9}  {'per core':>9}  {'MiB/s/core':>10}  {'memory':>9}  ratio per core (quartiles)",
     ]
     for row in result["rows_measured"]:
-        ratio = row["ratio_per_core"]
         lines.append(
             f"{row['what']:29}  {row['samples_per_s']['median']:9.1f}  {row['samples_per_s_per_core']['median']:9.1f}  "
             f"{row['bytes_per_s_per_core']['median'] / 2**20:10.1f}  {row['peak_memory_bytes'] / 2**20:5.0f} MiB  "
-            f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+            f"{spread_text(row['ratio_per_core'])}"
         )
     lines.append("per core: for each second of CPU time used; MiB of tensors; memory of all processes of a side")
     if result["s3"] != "measured":

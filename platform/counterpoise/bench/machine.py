@@ -66,6 +66,11 @@ class Spread:
         return {"median": self.median, "low": self.low, "high": self.high}
 
 
+def spread_text(spread: Mapping[str, float], digits: int = 2) -> str:
+    """1.08 (1.02 to 1.19), of what `Spread.to_json` gave."""
+    return "{median:.{d}f} ({low:.{d}f} to {high:.{d}f})".format(d=digits, **spread)
+
+
 class Tree:
     """A process with all its descendants.
 

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from counterpoise.bench.machine import Side, Spread, machine, machine_line
+from counterpoise.bench.machine import Side, Spread, machine, machine_line, spread_text
 from counterpoise.bench.step import timed
 from counterpoise.contracts import ConfigError
 
@@ -168,9 +168,8 @@ def render(result: Mapping[str, Any]) -> str:
         f"{'':8}{'workers':>8}  {'batch':>6}  {'step':>10}  speed-up in samples per second (quartiles)",
     ]
     for row in result["rows"]:
-        gain = row["speedup"]
         lines.append(
             f"{row['kind']:8}{row['workers']:>8}  {row['batch_size']:>6}  {row['median_s'] * 1e3:7.1f} ms  "
-            f"{gain['median']:.2f} ({gain['low']:.2f} to {gain['high']:.2f})"
+            f"{spread_text(row['speedup'])}"
         )
     return "\n".join(lines)

@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from counterpoise.bench.machine import Spread, Tree, machine, machine_line
+from counterpoise.bench.machine import Spread, Tree, machine, machine_line, spread_text
 from counterpoise.contracts import ResourceError
 
 MOST_S = 300.0
@@ -132,12 +132,7 @@ def render(result: Mapping[str, Any]) -> str:
         f"{'':20}{'seconds':>9}  {'of CPU':>7}  ratio (quartiles)          ratio of CPU",
     ]
     for row in result["rows"]:
-        ratios = "  ".join(f"{text:25}" for text in _ratios(row))
-        lines.append(f"{row['what']:20}{row['seconds']:9.2f}  {row['cpu_s']:7.2f}  {ratios}".rstrip())
+        ratios = [spread_text(row[key]) for key in ("seconds_ratio", "cpu_s_ratio") if key in row]
+        columns = "  ".join(f"{text:25}" for text in ratios)
+        lines.append(f"{row['what']:20}{row['seconds']:9.2f}  {row['cpu_s']:7.2f}  {columns}".rstrip())
     return "\n".join(lines)
-
-
-def _ratios(row: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("seconds_ratio", "cpu_s_ratio"):
-        if key in row:
-            yield f"{row[key]['median']:.2f} ({row[key]['low']:.2f} to {row[key]['high']:.2f})"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from counterpoise.bench.floor import operation_floor
-from counterpoise.bench.machine import Side, Spread, machine, machine_line
+from counterpoise.bench.machine import Side, Spread, machine, machine_line, spread_text
 from counterpoise.bench.released_step import check_checkout
 from counterpoise.bench.released_step import make as make_released
 from counterpoise.config import Experiment
@@ -265,9 +265,9 @@ def render(result: dict[str, Any]) -> str:
         f"{'':30}  {'median':>10}  ratio to encoders alone  times faster than released",
     ]
     for row in result["rows"]:
-        faster = _spread(row["times_faster"]) if "times_faster" in row else ""
+        faster = spread_text(row["times_faster"], 3) if "times_faster" in row else ""
         seconds = f"{row['what']:30}  {row['median_s'] * 1e3:7.1f} ms"
-        lines.append(f"{seconds}  {_spread(row['to_encoders']):23}  {faster}".rstrip())
+        lines.append(f"{seconds}  {spread_text(row['to_encoders'], 3):23}  {faster}".rstrip())
     if floor := result["floor"]:
         measured = floor["rates"]
         lines.append(
@@ -285,7 +285,3 @@ def render(result: dict[str, Any]) -> str:
             f"  most that was allocated: {memory['peak'] / 2**20:,.1f} MiB, {memory['peak'] / memory['floor']:.2f} x"
         )
     return "\n".join(lines)
-
-
-def _spread(ratio: Mapping[str, float]) -> str:
-    return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"

@@ -33,7 +33,8 @@ class Compute(BaseModel):
         "autocast. Weights, optimizer, heads and losses are float32 always",
     )
     channels_last: bool = Field(
-        False, description="store images and convolutions with channels last: faster for most networks and devices"
+        False,
+        description="store images and convolutions with channels last; whether that is faster here, `bench step` says",
     )
     parts: int = Field(
         0,
