@@ -24,6 +24,7 @@ from counterpoise.contracts import CounterpoiseError, Moved, NonFiniteLossError
 from counterpoise.engine.job import Job
 from counterpoise.engine.local import run_local
 from counterpoise.engine.run import RunFolder
+from counterpoise.launch import submit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.filterwarnings("default")]
 
@@ -281,6 +282,13 @@ def test_hosts_that_share_nothing_but_a_network_and_a_bucket_do_it_too(
         whole, struck = (job(name, runs="s3://hosts/runs", corpus="s3://hosts/corpus") for name in ("whole", "struck"))
         train(hosts, whole, workers=4)
         assert same_bits(four, whole) and decided(alone) == decided(whole)
+
+        order = submit.Order(["evaluate", whole.run, "--split", "valid"], "elsewhere", cpus=1)  # the head has none
+        client, said = submit.connect(hosts.dashboard), list[str]()
+        with submit.packed(order) as (package, _):
+            ended = submit.follow(client, submit.send(client, order, package), said.append, said.append)
+        assert submit.exit_code(ended) == 0 and ended.driver_node_id != hosts.head.node_id
+        assert "60 samples" in "".join(said), "the log of a driver on another node is followed too"
 
         blows = {struck.run: [blow("worker", 11, 0), blow("node", 20, spare=hosts.head.node_id)]}
         train(hosts, struck, workers=4, min_workers=2, blows=blows)

@@ -11,21 +11,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from tests.conftest import Done, Run, settings
-from tests.trust.faults import forked, job_of, keep
+from tests.trust.faults import keep
 
-from counterpoise.config import resolve
 from counterpoise.data.loader import LocalData
 from counterpoise.data.options import DataOptions
 from counterpoise.engine import checkpoint
-from counterpoise.engine.comm import SingleComm
-from counterpoise.engine.job import execute
 from counterpoise.engine.run import RunFolder
 
 PACKAGE = Path(__file__).resolve().parents[2] / "platform"
@@ -51,46 +47,39 @@ def test_the_order_of_samples_is_that_of_all_versions(corpus: str) -> None:
     assert found == ORDER
 
 
-def test_another_interpreter_with_other_surroundings_gives_the_same_bits(
-    whole: Done, corpus: str, tmp_path: Path
-) -> None:
-    (tmp_path / "e.yaml").write_text(yaml.safe_dump(settings(corpus, epochs=2)))
-    surroundings = {"PYTHONHASHSEED": "7", "TZ": "Pacific/Kiritimati", "LC_ALL": "C", "PYTHONUTF8": "0"}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("COUNTERPOISE", "PYTEST"))}
-    words = ["train", "e.yaml", "--runs", "runs", "--name", "a", "--threads", "1", "--metrics-port", "off"]
+def run_command(corpus: str, place: Path, threads: int, environment: dict[str, str]) -> RunFolder:
+    """The run of the command in an interpreter of its own."""
+    (place / "e.yaml").write_text(yaml.safe_dump(settings(corpus, epochs=2)))
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("COUNTERPOISE", "PYTEST"))}
+    words = ["train", "e.yaml", "--runs", "runs", "--name", "a", "--threads", str(threads), "--metrics-port", "off"]
     done = subprocess.run(
         [sys.executable, "-m", "counterpoise", *words],
-        cwd=tmp_path,
-        env={**environment, **surroundings, "PYTHONPATH": str(PACKAGE)},
+        cwd=place,
+        env={**kept, **environment, "PYTHONPATH": str(PACKAGE)},
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    other = checkpoint.latest(str(tmp_path / "runs" / "a" / "checkpoints"))
+    return RunFolder.open(str(place / "runs" / "a"))
+
+
+def test_another_interpreter_with_other_surroundings_gives_the_same_bits(
+    whole: Done, corpus: str, tmp_path: Path
+) -> None:
+    surroundings = {"PYTHONHASHSEED": "7", "TZ": "Pacific/Kiritimati", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    folder = run_command(corpus, tmp_path, 1, surroundings)
+    other = checkpoint.latest(folder.at("checkpoints"))
     assert other is not None
     here = whole.last.tensors
     same = all(torch.equal(here[f][k], other.tensors[f][k]) for f in here for k in here[f])
     keep("23 surroundings", "another interpreter", surroundings, same)
     assert same
-    assert RunFolder.open(str(tmp_path / "runs" / "a")).experiment_text == yaml.safe_dump(
-        whole.experiment.to_json(), sort_keys=False
-    )
+    assert folder.experiment_text == yaml.safe_dump(whole.experiment.to_json(), sort_keys=False)
 
 
 def test_two_threads_give_the_same_order_and_nearly_the_same_losses(whole: Done, corpus: str, tmp_path: Path) -> None:
-    experiment, provenance = resolve(settings(corpus, epochs=2))
-    text = yaml.safe_dump(experiment.to_json(), sort_keys=False)
-    folder = RunFolder.create(str(tmp_path), "two", experiment_text=text, provenance=provenance, manifest={})
-
-    def train() -> Any:
-        job = job_of(experiment, folder.uri)
-        job = type(job)(**{**job.__dict__, "threads": 2})
-        execute(job, SingleComm())
-        return torch.get_num_threads()
-
-    ended = forked([train], tmp_path / "process")
-    assert ended.codes == [0] and ended.values == [2], ended.said
+    folder = run_command(corpus, tmp_path, 2, {})
     losses = [r["train"]["loss"] for r in folder.records() if r["kind"] == "epoch"]
     near = bool(np.allclose(losses, whole.losses(), rtol=1e-4, atol=0))
     keep("23 surroundings", "two threads", {"threads": 2}, near)

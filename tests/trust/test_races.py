@@ -71,8 +71,10 @@ def unlock() -> None:
 
 def test_of_two_that_start_one_run_together_one_is_refused_and_nothing_is_mixed(corpus: str, tmp_path: Path) -> None:
     (tmp_path / "corpus").symlink_to(corpus)
-    refused = 0
-    for number in range(count(12, 50)):
+    refused = number = 0
+    while number < count(12, 50) or refused < count(4, 17):  # on a busy machine they meet more rarely
+        number += 1
+        assert number <= 10 * count(12, 50), f"only {refused} of {number - 1} pairs met"
         rng = chance("race", number)
         place = tmp_path / str(number)
         place.mkdir()
@@ -81,7 +83,6 @@ def test_of_two_that_start_one_run_together_one_is_refused_and_nothing_is_mixed(
         refused += REFUSED in codes
         keep("14 two runs", "same run at once", {"codes": codes}, fine)
         assert fine, codes
-    assert refused >= count(12, 50) / 3, "they have to meet to prove anything"
 
 
 def test_without_the_lock_records_are_mixed(corpus: str, tmp_path: Path) -> None:
