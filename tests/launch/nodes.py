@@ -2,7 +2,7 @@
 
 Every node is a `ray start` of its own, with its own processes, resources, address (127.0.0.N) and folder; it can be
 killed, drained and added like a machine. Ray listens on all interfaces as soon as an address is not 127.0.0.1, so the
-cluster wants a token. With `namespaces=True` every worker node has a network namespace and a host name of its own,
+cluster wants a token. With `namespaces=True` every worker node has a network, processes and a host name of its own,
 joined by a bridge: as on real machines, nothing on one node is reached through the loopback of another. That needs
 root and is skipped without.
 
@@ -296,8 +296,10 @@ class _Network:
         etc = Path("/etc/netns", name)
         etc.mkdir(parents=True)
         (etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {host}\n")
-        renamed = f'hostname "{host}" && exec "$@"'
-        return ip, ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", renamed, "sh"]
+        # Processes too: where Ray sees those of a head it takes its own node for the head's. The shell stays, to reap.
+        renamed = f'hostname "{host}" && "$@"; exit $?'
+        apart = ["unshare", "--uts", "--pid", "--fork", "--mount-proc"]
+        return ip, ["ip", "netns", "exec", name, *apart, "sh", "-c", renamed, "sh"]
 
     def close(self) -> None:
         for name in self._names:

@@ -144,8 +144,8 @@ def test_a_job_evaluates_the_run_and_ends_with_its_exit_code(place: Place, run: 
     done = place.submit("--name", "eval", "evaluate", run[1].uri, "--split", "valid")
     failing = place.submit("evaluate", f"{place.bucket}/runs/nothing")
     assert done.wait(300) == 0, place.said()
-    # In Ray's own file, wherever the driver was: of nodes on one machine Ray reads the folder of the head alone. That
-    # the log of a driver on another node is followed: tests/launch/test_nodes.py.
+    # In Ray's own file: where nodes share a machine, Ray reads the logs of drivers from the folder of the head alone.
+    # That the log of a driver on another machine is followed: tests/launch/test_nodes.py.
     log = b"".join(data for name, data in place.written().items() if "job-driver-eval-" in name).decode()
     assert re.search(r"a1, epoch \d+, valid of s3://\S+: 60 samples", log), place.said()
     assert storage.exists(run[1].at("evaluation-valid.json"))
