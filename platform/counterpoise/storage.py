@@ -8,8 +8,8 @@ S3 clients do not protect from a slow server: one that drips a few bytes per sec
 every remote operation, with all its retries, has a deadline of ours (base plus size over a least throughput),
 and ours is the only layer that retries: botocore and s3fs try once. What may pass (no connection, silence, 5xx, 429)
 is tried up to 8 times within 60 s and a second per megabyte, with random pauses that double up to 10 s; see `Limits`.
-What will not pass (no such bucket, access denied, no credentials, no S3 server) is said at once. Local paths skip
-all of that.
+Training waits longer, and says so (`patience`). What will not pass (no such bucket, access denied, no credentials, no
+S3 server) is said at once. Local paths skip all of that.
 
 Errors: `DataError` for what is not there, `ResourceError` for what cannot be reached, read or written. Both
 name the place, and the server where it matters, and carry no credentials.
@@ -24,6 +24,7 @@ import errno
 import functools
 import hashlib
 import io
+import logging
 import os
 import re
 import shutil
@@ -51,25 +52,45 @@ class Limits:
     read_s: float = 20.0  # silence on a connection
     backoff_s: float = 0.5  # first pause between tries at most; doubles, with full jitter
     backoff_max_s: float = 10.0
+    outage_pause_s: float = 30.0  # give or take a third: between further tries, where an outage is waited out
+    patient: bool = True  # whether it is, where `patience` says so
 
     def seconds(self, num_bytes: int) -> float:
         return self.deadline_s + num_bytes / self.bytes_per_s
 
 
 LIMITS = Limits()
+OUTAGE_S = 300.0  # so long training waits for a server that has gone away
 _PIECE = 1 << 24  # bytes of a file that are read at once to be hashed
 _LOOKS = 3  # at a file that others replace between our asking for its size and for its content
 _limits: ContextVar[Limits] = ContextVar("storage_limits", default=LIMITS)
+_patience_s = 0.0  # of all threads of this process
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def limits(**changes: float) -> Iterator[Limits]:
-    """Other limits within a `with` block of this thread: `with limits(deadline_s=5): ...`."""
-    token = _limits.set(replace(_limits.get(), **changes))  # type: ignore[arg-type]
+    """Other limits within a `with` block of this thread: `with limits(deadline_s=5): ...`; no patience there."""
+    token = _limits.set(replace(_limits.get(), **{"patient": False, **changes}))  # type: ignore[arg-type]
     try:
         yield _limits.get()
     finally:
         _limits.reset(token)
+
+
+@contextlib.contextmanager
+def patience(seconds: float = OUTAGE_S) -> Iterator[None]:
+    """Within a `with` block, operations of all threads of this process wait so long for a server that is away.
+
+    After the usual tries they go on with one in half a minute or so, and a warning each. Operations within `limits`
+    do not wait: whoever set those has no time.
+    """
+    global _patience_s
+    before, _patience_s = _patience_s, seconds
+    try:
+        yield
+    finally:
+        _patience_s = before
 
 
 # -------------------------------------------------------------------------------------------------- places
@@ -441,11 +462,17 @@ def _remote(uri: str, operation: str, *args: Any, num_bytes: int = 0, **options:
     import tenacity
 
     now = _limits.get()
-    allowed = now.seconds(num_bytes)
-    end = time.monotonic() + allowed
+    allowed = now.seconds(num_bytes)  # of one try; of all, unless we are patient
+    patient = now.patient and _patience_s > allowed
+    limit = _patience_s if patient else allowed
+    end = time.monotonic() + limit
+    stop = tenacity.stop_before_delay(limit)
+    pause = tenacity.wait_random_exponential(multiplier=now.backoff_s, max=now.backoff_max_s)
+    long_pause = tenacity.wait_random(now.outage_pause_s * 2 / 3, now.outage_pause_s * 4 / 3)
     retrying = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(now.attempts) | tenacity.stop_before_delay(allowed),
-        wait=tenacity.wait_random_exponential(multiplier=now.backoff_s, max=now.backoff_max_s),
+        stop=stop if patient else stop | tenacity.stop_after_attempt(now.attempts),
+        wait=tenacity.wait_chain(*[pause] * (now.attempts - 1), long_pause),
+        before_sleep=lambda state: _tell(uri, now, state, limit),
         retry=tenacity.retry_if_exception(_is_transient),
         reraise=True,
     )
@@ -455,7 +482,7 @@ def _remote(uri: str, operation: str, *args: Any, num_bytes: int = 0, **options:
         nonlocal tries
         tries += 1
         fs, path = filesystem(uri)
-        return _within(end - time.monotonic(), fs, operation, path, *args, **options)
+        return _within(min(allowed, end - time.monotonic()), fs, operation, path, *args, **options)
 
     try:
         return retrying(attempt)
@@ -476,7 +503,14 @@ def _remote(uri: str, operation: str, *args: Any, num_bytes: int = 0, **options:
         ) from error
     except Exception as error:
         tried = f"{operation.replace('_file', '')} failed after {tries} {'try' if tries == 1 else 'tries'}"
-        raise _remote_error(uri, error, f"{tried}, deadline {allowed:.0f} s") from error
+        raise _remote_error(uri, error, f"{tried}, deadline {limit:.0f} s") from error
+
+
+def _tell(uri: str, now: Limits, state: Any, limit: float) -> None:
+    """Warn while an outage is waited out: else nothing would be heard of it for minutes."""
+    if state.attempt_number >= now.attempts:
+        cause = _remote_error(uri, state.outcome.exception(), f"away for {state.seconds_since_start:.0f} s")
+        _log.warning("%s; next try in %.0f s, given up after %.0f s", cause, state.upcoming_sleep, limit)
 
 
 def _remote_error(uri: str, error: Exception, tried: str) -> CounterpoiseError:

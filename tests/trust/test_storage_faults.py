@@ -25,6 +25,7 @@ from counterpoise import storage
 from counterpoise.contracts import CounterpoiseError, DataError
 from counterpoise.data.loader import LocalData
 from counterpoise.data.options import DataOptions
+from counterpoise.engine.watchdog import Deadlines
 
 pytestmark = [pytest.mark.s3, pytest.mark.filterwarnings("default")]  # servers and clients warn of their own
 
@@ -234,6 +235,30 @@ def test_a_fault_that_stays_is_an_error_within_the_deadline(fault: Fault, said: 
     assert max(store.requests.values()) <= 10
 
 
+@pytest.mark.parametrize("fault", [slow_down, reset, hang], ids=lambda f: f.__name__)
+def test_training_waits_for_a_server_that_is_away_and_says_so(
+    fault: Fault, store: Store, served: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Away for longer than the usual tries take: an error where nobody is patient, the same rows where somebody is."""
+    away_s = 4.0
+    short = {**QUICK, "deadline_s": 1.0, "outage_pause_s": 0.3}
+    with storage.limits(**{**QUICK, "deadline_s": 30.0, "attempts": 20}):
+        storage.size("s3://bucket/corpus.yaml")
+    began = time.monotonic()
+    store.fault, store.hits = fault, lambda command, number: time.monotonic() < began + away_s
+    with storage.limits(**short), storage.patience(60.0), pytest.raises(CounterpoiseError, match="failed after"):
+        rows("s3://bucket/corpus.yaml")
+    assert not caplog.records and time.monotonic() < began + away_s
+    with storage.limits(**short, patient=True), storage.patience(60.0):
+        found = rows("s3://bucket/corpus.yaml")
+    recovered = time.monotonic() - began - away_s
+    survived = same(found, rows(str(served / "corpus.yaml")))
+    where = {"requests": store.landed} if store.landed else None
+    keep("6 object store", f"outage, {fault.__name__}", where, survived, recover_s=recovered)
+    assert survived and 0 < recovered < 20
+    assert all("away for" in r.message and "next try in" in r.message for r in caplog.records) and caplog.records
+
+
 def test_without_our_deadline_a_server_that_drips_holds_the_client(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,3 +311,6 @@ def test_ranges_are_read_as_they_are_asked_for(store: Store, served: Path) -> No
 def test_an_operation_ends_after_a_minute_and_a_second_per_megabyte() -> None:
     assert storage.LIMITS.seconds(0) == 60.0 and storage.LIMITS.seconds(10_000_000) == 70.0
     assert storage.LIMITS.attempts <= 10 and storage.LIMITS.read_s < storage.LIMITS.deadline_s
+    # What training waits for, it tries so often at most: and `Deadlines` of the watchdog are longer.
+    assert storage.LIMITS.attempts + storage.OUTAGE_S / (storage.LIMITS.outage_pause_s * 2 / 3) <= 24
+    assert min(Deadlines().read, Deadlines().rest) > 2 * storage.OUTAGE_S

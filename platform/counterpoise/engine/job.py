@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from counterpoise import storage
 from counterpoise.config import Experiment
 from counterpoise.contracts import Comm, ConfigError, CounterpoiseError, DataSource, Interrupted, ResourceError
 from counterpoise.data.card import Card, load_card
@@ -131,13 +132,14 @@ def execute(
             job.device, job.checkpoint_every_s, job.resume, stop, job.until, on_epoch, move, after, watch
         )
         seen, together = watched_data(opened, watch), watched_comm(comm, watch)
-        with guarded(watch, job.hang_s, job.run), explained(experiment, job.device, watch.place, comm.world):
-            summary = Trainer(experiment, seen, together, folder, options).run()
-        if folder is not None and summary is not None:
-            summary = {"run": folder.name, **summary}
-            folder.write_json("summary.json", summary)
-            folder.write_status({"state": "finished", "method": experiment.method_name, "eta_s": None}, force=True)
-            folder.seal()
+        with storage.patience():
+            with guarded(watch, job.hang_s, job.run), explained(experiment, job.device, watch.place, comm.world):
+                summary = Trainer(experiment, seen, together, folder, options).run()
+            if folder is not None and summary is not None:
+                summary = {"run": folder.name, **summary}
+                folder.write_json("summary.json", summary)
+                folder.write_status({"state": "finished", "method": experiment.method_name, "eta_s": None}, force=True)
+                folder.seal()
         return summary
     except Interrupted:
         raise

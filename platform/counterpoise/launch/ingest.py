@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from counterpoise import storage
 from counterpoise.contracts import CounterpoiseError, ResourceError
 from counterpoise.data import plan
 from counterpoise.data.loader import LocalData
@@ -190,7 +191,8 @@ def _decoded(block: Any, reference: Any) -> Iterator[Any]:
         unit: plan.Unit = pickle.loads(cell.as_py())
         unit = replace(unit, order=source.orders[unit.window])
         try:
-            raw = read_window(source.index, unit, source.decoder.modalities)
+            with storage.patience():
+                raw = read_window(source.index, unit, source.decoder.modalities)
             for piece in decode_unit(unit, raw, source.decoder):
                 yield pa.table({"piece": pa.array([pickle.dumps(piece, protocol=5)], pa.large_binary())})
         except CounterpoiseError as error:
