@@ -38,6 +38,7 @@ CLIENT_S = 5.0  # a client that has not sent its request, or read the answer, by
 CLIENTS = 16  # at a time; more are turned away
 READERS = 100  # that are told apart
 KEEP_S = 300.0  # a run that has ended is shown for so long: Prometheus looks back five minutes
+KEEP = 32  # runs that have ended are shown at most, the latest: series of a sweep of hundreds stay below 2000
 BEAT_S = 10.0  # between two looks at whether our file is still there
 PUBLISH_S = 5.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 20.0, 60.0  # for the last scrape
@@ -159,9 +160,10 @@ class Metrics:
 
     def _forget(self) -> None:
         now = time.monotonic()
-        gone = [uri for uri, run in self._runs.items() if run.ended is not None and now - run.ended > KEEP_S]
-        for uri in gone:
-            del self._runs[uri]
+        ended = sorted((run.ended, uri) for uri, run in self._runs.items() if run.ended is not None)
+        for number, (when, uri) in enumerate(reversed(ended)):
+            if number >= KEEP or now - when > KEEP_S:
+                del self._runs[uri]
 
     # --- for Prometheus
 
