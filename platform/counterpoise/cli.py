@@ -1131,6 +1131,9 @@ def bench_epoch(
     channels_last: ChannelsLast = False,
     precision: Precision = "fp32",
     compile: Compiled = "off",
+    guards: Annotated[
+        bool, typer.Option("--guards", help="Also with a checkpoint at the end, and without checksums of pages.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=3)] = 3,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     device: Device = "auto",
@@ -1163,6 +1166,7 @@ def bench_epoch(
             resampler=resampler,
             out=folder,
             say=say,
+            guards=guards,
         )
     _show(result, render, as_json)
 

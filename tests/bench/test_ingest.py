@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +15,11 @@ import torch
 from tests.bench.checkout import make_checkout
 
 from counterpoise.bench import epoch, ingest, media
-from counterpoise.bench.machine import Spread
+from counterpoise.bench.machine import Side, Spread
 from counterpoise.bench.released import ReleasedCremad, chosen_resampler, released_loader
-from counterpoise.contracts import ConfigError, ResourceError
+from counterpoise.contracts import ConfigError, DataError, ResourceError
 from counterpoise.data.loader import LocalData
+from counterpoise.engine import checkpoint
 
 ROWS = 18
 
@@ -179,3 +182,28 @@ def test_epochs_of_both_sides_take_every_clip_once(folder: Path, tmp_path: Path)
     assert {tuple(map(str, row[:3])) for row in seen} == {("[6, 257, 1250]", "[6, 3, 1, 224, 224]", "[6, 6]")}
     assert {row[4] for row in seen} == {1}, "one classifier was added"
     assert "18 clips of CREMA-D's shape, cnn twice" in epoch.render(found)
+
+
+def test_an_epoch_without_checksums_and_with_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """It does not see a page that others refuse, and there is a checkpoint afterwards."""
+    corpus = shutil.copytree(folder / f"shards-{ROWS}", tmp_path / "shards")
+    for shard in corpus.glob("train-*.parquet"):
+        change_a_page(shard)
+    with pytest.raises(DataError, match="damaged"):
+        LocalData(str(corpus), batch_size=6)
+    spec = {"corpus": str(corpus), "encoder": "cnn", "compute": {}, "cache": "off", "classifiers": 1, "batch_size": 6}
+    spec |= {"threads": 1, "processes": 1, "device": "cpu", "runs": str(tmp_path), "saving": True, "unchecked": True}
+    with contextlib.closing(Side("unguarded", epoch._ours, spec)) as side:
+        assert side.ask(0) > 0
+    assert len(checkpoint.committed(str(tmp_path / "epoch" / "checkpoints"))) == 1
+
+
+def change_a_page(shard: Path) -> None:
+    """Change the last letter of a sample's id: pixels and sound stay what they are."""
+    import pyarrow.parquet as pq
+
+    columns = pq.read_metadata(shard).row_group(0)
+    [column] = [c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == "sample_id"]
+    data = bytearray(shard.read_bytes())
+    data[column.data_page_offset - 1] ^= 1  # where the page of the dictionary ends
+    shard.write_bytes(data)
