@@ -1184,6 +1184,7 @@ def bench_scaling(
     channels_last: ChannelsLast = False,
     precision: Precision = "fp32",
     compile: Compiled = "off",
+    batch_norm: Annotated[str, typer.Option(help="sync or local, as batch_norm of an experiment.")] = "sync",
     rounds: Annotated[int, typer.Option(min=3)] = 5,
     device: Device = "auto",
     as_json: Json = False,
@@ -1192,6 +1193,8 @@ def bench_scaling(
     from counterpoise.bench.scaling import render, scaling
     from counterpoise.bench.step import shape
 
+    if batch_norm not in ("sync", "local"):
+        raise ConfigError(f"--batch-norm is {batch_norm!r}; choose sync or local")
     result = scaling(
         encoder=encoder,
         batch_size=batch_size,
@@ -1202,6 +1205,7 @@ def bench_scaling(
         rounds=rounds,
         device=device,
         compute=_compute(channels_last, precision, compile),
+        batch_norm=batch_norm,
         say=say,
     )
     _show(result, render, as_json)

@@ -36,13 +36,13 @@ def measure_all(out: str, against: str | None, compute: Mapping[str, Any], devic
     def epochs() -> dict[str, Any]:
         return epoch.epoch_rates(
             rows=48, batch_size=8, classifiers=5, processes=2, threads=None, rounds=3, device=device, compute=compute,
-            cache="off", against=against, resampler=chosen_resampler("auto"), out=str(folder), say=say,
+            cache="off", against=against, resampler=chosen_resampler("auto"), out=str(folder), say=say, guards=True,
         )  # fmt: skip
 
     def workers() -> dict[str, Any]:
         return scaling.scaling(
             encoder="resnet18", batch_size=32, audio=SMALL[0], image=SMALL[1], workers=(1, 2, 4), steps=2, rounds=5,
-            device=device, compute=compute, say=say,
+            device=device, compute=compute, batch_norm="sync", say=say,
         )  # fmt: skip
 
     parts: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], str]]] = {

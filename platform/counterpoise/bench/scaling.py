@@ -2,7 +2,7 @@
 
 Strong: the same global batch, dealt out. Weak: the same batch for each worker. All groups of processes are there from
 the beginning, and one of them works at a time; ratios are formed within a round. With more workers than cores the most
-that can be had is the number of cores.
+that can be had is the number of cores. Waiting is the share of a step that its slowest worker spent in collectives.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def scaling(
     rounds: int,
     device: str,
     compute: Mapping[str, Any],
+    batch_norm: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Seconds of a step of joint training. batch_size: of all workers; weak: of the most workers there are."""
@@ -51,17 +52,20 @@ def scaling(
                 "image": image,
                 "device": place,
                 "compute": dict(compute),
+                "batch_norm": batch_norm,
             }
             spec |= {"steps": steps, "world": world, "meeting": os.path.join(root, f"meeting-{world}"), "runs": root}
             specs = [{**spec, "rank": rank} for rank in range(world)]
             groups[world] = _started(specs, opened)
         times: dict[tuple[str, int], list[float]] = {(kind, w): [] for kind in ("strong", "weak") for w in counts}
+        waits: dict[tuple[str, int], list[float]] = {key: [] for key in times}
         for number in range(rounds + 1):
             for kind, world in times:
                 size = batch_size if kind == "strong" else batch_size // counts[-1] * world
-                seconds = max(_all(groups[world], size))
+                seconds, waited = max(_all(groups[world], size))
                 if number:
                     times[kind, world].append(seconds)
+                    waits[kind, world].append(waited / seconds)
             say("warmed up" if number == 0 else f"round {number} of {rounds} done")
     rows = []
     for (kind, world), values in times.items():
@@ -74,6 +78,7 @@ def scaling(
                 "batch_size": batch_size if kind == "strong" else batch_size // counts[-1] * world,
                 "median_s": statistics.median(values),
                 "speedup": Spread.of(gain).to_json(),
+                "waiting": statistics.median(waits[kind, world]),
             }
         )
     return {
@@ -82,6 +87,7 @@ def scaling(
         "audio": list(audio),
         "image": list(image),
         "compute": dict(compute),
+        "batch_norm": batch_norm,
         "device": place,
         "steps": steps,
         "rounds": rounds,
@@ -99,15 +105,15 @@ def _started(specs: Sequence[dict[str, Any]], opened: contextlib.ExitStack) -> l
     return sides
 
 
-def _all(sides: Sequence[Side], request: Any) -> list[float]:
+def _all(sides: Sequence[Side], request: Any) -> list[tuple[float, float]]:
     """The answers of processes that work at the same time."""
     for side in sides:
         side.send(request)
     return [side.answer() for side in sides]
 
 
-def _worker(spec: Mapping[str, Any]) -> Callable[[int], float]:
-    """step(batch size of all workers): seconds of a step, a mean over some."""
+def _worker(spec: Mapping[str, Any]) -> Callable[[int], tuple[float, float]]:
+    """step(batch size of all workers): seconds of a step, and those of it spent in collectives; means over some."""
     import torch
 
     from counterpoise.bench.step import OneBatch
@@ -115,6 +121,7 @@ def _worker(spec: Mapping[str, Any]) -> Callable[[int], float]:
     from counterpoise.engine.comm import current_comm, join_group
     from counterpoise.engine.loop import RunOptions, Trainer
     from counterpoise.engine.run import RunFolder
+    from counterpoise.engine.watchdog import Watch, watched_comm
 
     rank, world = spec["rank"], spec["world"]
     device = torch.device(spec["device"])
@@ -123,7 +130,8 @@ def _worker(spec: Mapping[str, Any]) -> Callable[[int], float]:
         torch.cuda.set_device(rank % torch.cuda.device_count())
     if world > 1:
         join_group(device, rank, world, spec["meeting"])
-    comm = current_comm()
+    watch = Watch(rank)
+    comm = watched_comm(current_comm(), watch)
     trainers: dict[int, tuple[Trainer, dict[str, torch.Tensor]]] = {}
 
     def made(size: int) -> tuple[Trainer, dict[str, torch.Tensor]]:
@@ -134,6 +142,7 @@ def _worker(spec: Mapping[str, Any]) -> Callable[[int], float]:
             method="joint",
             batch_size=size,
             compute=spec["compute"],
+            batch_norm=spec["batch_norm"],
         )
         folder = None
         if rank == 0:
@@ -143,7 +152,7 @@ def _worker(spec: Mapping[str, Any]) -> Callable[[int], float]:
         trainer.net.train()
         return trainer, {name: tensor.to(device) for name, tensor in data.batch.items()}
 
-    def step(size: int) -> float:
+    def step(size: int) -> tuple[float, float]:
         if size not in trainers:
             trainers[size] = made(size)
             trainers[size][0].train_batch(trainers[size][1])
@@ -154,7 +163,9 @@ def _worker(spec: Mapping[str, Any]) -> Callable[[int], float]:
             for _ in range(spec["steps"]):
                 trainer.train_batch(batch)
 
-        return timed(several, device) / float(spec["steps"])
+        before = watch.waited_s
+        seconds = timed(several, device)
+        return seconds / spec["steps"], (watch.waited_s - before) / spec["steps"]
 
     return step
 
@@ -163,13 +174,14 @@ def render(result: Mapping[str, Any]) -> str:
     shapes = ", ".join(f"{name} {' x '.join(map(str, result[name]))}" for name in ("audio", "image"))
     lines = [
         f"{result['encoder']} twice, joint training, {shapes}; {result['rounds']} rounds in turn of {result['steps']} "
-        f"steps on {result['device']}, one thread of torch for each worker",
+        f"steps on {result['device']}, one thread of torch for each worker, batch_norm {result['batch_norm']}",
         machine_line(result["machine"]),
-        f"{'':8}{'workers':>8}  {'batch':>6}  {'step':>10}  speed-up in samples per second (quartiles)",
+        f"{'':8}{'workers':>8}  {'batch':>6}  {'step':>10}  {'waiting':>7}  speed-up in samples per second (quartiles)",
     ]
     for row in result["rows"]:
         lines.append(
             f"{row['kind']:8}{row['workers']:>8}  {row['batch_size']:>6}  {row['median_s'] * 1e3:7.1f} ms  "
+            f"{row['waiting']:7.1%}  "
             f"{spread_text(row['speedup'])}"
         )
     return "\n".join(lines)

@@ -53,7 +53,7 @@ class _Normalise(torch.autograd.Function):
         slope = -weight * by_weight * inverse.square() / total
         constant = -weight * by_bias * inverse / total - slope * mean
         shape = [1, -1] + [1] * (x.dim() - 2)
-        whole = direct + torch.addcmul(constant.view(shape), x, slope.view(shape)).to(direct.dtype)
+        whole = torch.addcmul(constant.view(shape), x, slope.view(shape)).to(direct.dtype).add_(direct)
         return whole, to_weight, to_bias, None, None, None
 
 
