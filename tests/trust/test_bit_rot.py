@@ -14,7 +14,7 @@ from tests.trust.faults import chance, count, keep
 
 from counterpoise.cli import main
 from counterpoise.contracts import ConfigError, DataError, RefusedError
-from counterpoise.data import check
+from counterpoise.data import check, index
 from counterpoise.data.card import load_card
 from counterpoise.data.check import check_corpus, record_sums
 from counterpoise.data.loader import LocalData
@@ -182,6 +182,22 @@ def test_training_never_reads_other_numbers_because_of_a_flipped_bit(
     silent = read_silently(corpus, tmp_path / "control", whole, "training")
     keep("8 shards", "control: no checksums of pages", silent[0] if silent else None, not silent, control=True)
     assert silent, "the control: without them, wrong numbers are trained on"
+
+
+def test_a_name_of_a_column_that_is_no_text_is_damage(corpus: Path, tmp_path: Path) -> None:
+    """It comes as an error of Python, not of Arrow, when a file is opened."""
+    whole = next(corpus.glob("test-*.parquet")).read_bytes()
+    copy = tmp_path / "shard.parquet"
+    at = whole.find(b"label", len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"))
+    found = 0
+    while at >= 0:
+        copy.write_bytes(whole[:at] + bytes([whole[at] ^ 0x80]) + whole[at + 1 :])
+        try:
+            index.open_parquet(str(copy)).close()
+        except DataError as error:
+            found += "not a readable Parquet file" in str(error)
+        at = whole.find(b"label", at + 1)
+    assert found, "in the schema, or in the path of a column"
 
 
 def test_without_checksums_flips_pass(run: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

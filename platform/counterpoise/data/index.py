@@ -70,7 +70,7 @@ def open_parquet(uri: str) -> Any:
             with storage.open_input(uri) as source:
                 size = _reject_extension_types(source, uri)
             opened = pq.ParquetFile(storage.local_path(uri), page_checksum_verification=True)
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{uri}: not a readable Parquet file ({_first_line(error)}); make it again") from None
     meta = opened.metadata
     unpacked = sum(meta.row_group(g).total_byte_size for g in range(meta.num_row_groups))

@@ -460,7 +460,7 @@ class RunFolder:
             raise RefusedError(f"{storage.show(self.at(name))} is damaged: it differs from {SUMS}")
         try:
             table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
             raise RefusedError(f"{storage.show(self.at(name))} is damaged: {error}") from error
         columns = {}
         for key in table.column_names:
