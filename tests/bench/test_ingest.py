@@ -172,13 +172,14 @@ def test_the_resampler_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> 
 def test_epochs_of_both_sides_take_every_clip_once(folder: Path, tmp_path: Path) -> None:
     checkout = make_checkout(tmp_path)
     found = epoch.epoch_rates(
-        rows=ROWS, batch_size=6, classifiers=2, processes=1, threads=1, rounds=3, device="cpu", compute={}, cache="off",
-        against=str(checkout), resampler="scipy", out=str(folder), say=lambda _: None, encoder="cnn",
+        rows=ROWS, batch_size=6, classifiers=2, processes=1, threads=1, rounds=2, device="cpu", compute={}, cache="off",
+        against=str(checkout), resampler="scipy", out=str(folder), say=lambda _: None, encoder="cnn", guards=True,
     )  # fmt: skip
-    ours, theirs = found["rows_measured"]
+    ours, saving, unchecked, theirs = found["rows_measured"]
     assert (ours["what"], theirs["what"]) == (epoch.OURS, epoch.RELEASED) and "times_faster" in ours
+    assert "times_as_long" in saving and "times_as_long" in unchecked
     seen = [json.loads(line) for line in (checkout / "seen.jsonl").read_text().splitlines()]
-    assert len(seen) == 4 * ROWS / 6, "an epoch to warm up, and three"
+    assert len(seen) == 3 * ROWS / 6, "an epoch to warm up, and two"
     assert {tuple(map(str, row[:3])) for row in seen} == {("[6, 257, 1250]", "[6, 3, 1, 224, 224]", "[6, 6]")}
     assert {row[4] for row in seen} == {1}, "one classifier was added"
     assert "18 clips of CREMA-D's shape, cnn twice" in epoch.render(found)
@@ -192,7 +193,8 @@ def test_an_epoch_without_checksums_and_with_a_checkpoint(folder: Path, tmp_path
     with pytest.raises(DataError, match="damaged"):
         LocalData(str(corpus), batch_size=6)
     spec = {"corpus": str(corpus), "encoder": "cnn", "compute": {}, "cache": "off", "classifiers": 1, "batch_size": 6}
-    spec |= {"threads": 1, "processes": 1, "device": "cpu", "runs": str(tmp_path), "saving": True, "unchecked": True}
+    spec |= {"threads": 1, "processes": 1, "device": "cpu", "runs": str(tmp_path), "name": "epoch"}
+    spec |= {"saving": True, "unchecked": True}
     with contextlib.closing(Side("unguarded", epoch._ours, spec)) as side:
         assert side.ask(0) > 0
     assert len(checkpoint.committed(str(tmp_path / "epoch" / "checkpoints"))) == 1

@@ -69,11 +69,12 @@ def epoch_rates(
         "device": settings.resolved_device,
     }
     makers: dict[str, tuple[Callable[[Any], Callable[[int], float]], dict[str, Any]]] = {
-        OURS: (_ours, {"corpus": corpus, "encoder": encoder, "compute": dict(compute), "cache": cache})
+        OURS: (_ours, {"name": "usual", "corpus": corpus, "encoder": encoder, "compute": dict(compute), "cache": cache})
     }
     if guards:
         make, spec = makers[OURS]
-        makers |= {SAVING: (make, {**spec, "saving": True}), UNCHECKED: (make, {**spec, "unchecked": True})}
+        makers[SAVING] = make, {**spec, "name": "saving", "saving": True}
+        makers[UNCHECKED] = make, {**spec, "name": "unchecked", "unchecked": True}
     if against:
         released = {"raw": str(raw), "place": check_checkout(against), "resampler": chosen_resampler(resampler)}
         makers[RELEASED] = (_released, released)
@@ -137,7 +138,7 @@ def _ours(spec: Mapping[str, Any]) -> Callable[[int], float]:
         data={"cache": spec["cache"], "decode_threads": spec["processes"], "augment": AUGMENT},
     )
     data = LocalData(experiment.corpus, batch_size=experiment.batch_size, options=experiment.data)
-    folder = RunFolder.create(spec["runs"], "epoch", experiment_text="", provenance={}, manifest={})
+    folder = RunFolder.create(spec["runs"], spec["name"], experiment_text="", provenance={}, manifest={})
     options = RunOptions(device=spec["device"], checkpoint_every_s=1e9)
     trainer = Trainer(experiment, data, SingleComm(), folder, options)
     trainer._begin()
