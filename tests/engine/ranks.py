@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from counterpoise.config import Experiment
 from counterpoise.contracts import Comm, Interrupted
 from counterpoise.engine import buckets, loop
-from counterpoise.engine.comm import current_comm, join_group
+from counterpoise.engine.comm import SMALL, current_comm, join_group
 from counterpoise.engine.job import open_data
 from counterpoise.engine.run import RunFolder
 from counterpoise.models.norm import GlobalBatchNorm, synchronise_batch_norm
@@ -126,6 +126,8 @@ def communicate(comm: Comm) -> dict[str, Any]:
     comm.barrier()
     return {
         "sum": comm.sum(local),
+        "counts": comm.sum(torch.tensor([rank, 5], dtype=torch.int32)),
+        "many": comm.sum(torch.full((SMALL,), 1.0 + rank)),
         "local": local,
         "gradients": [p.grad for p in parameters],
         "extra": extra,

@@ -28,6 +28,8 @@ def test_sums_are_the_same_on_every_worker_and_leave_the_input_alone(two_ranks: 
     for rank, seen in enumerate(two_ranks):
         assert seen["comm"]["sum"].tolist() == [3, 4]
         assert seen["comm"]["local"].tolist() == [1 + rank, 2]
+        assert seen["comm"]["counts"].tolist() == [1, 10] and seen["comm"]["counts"].dtype == torch.int32
+        assert (seen["comm"]["many"] == 3).all(), "more than what is sent in one message"
 
 
 def test_gradients_are_summed_and_missing_ones_stay_missing(two_ranks: Ranks) -> None:

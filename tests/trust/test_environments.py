@@ -47,8 +47,8 @@ def test_the_order_of_samples_is_that_of_all_versions(corpus: str) -> None:
     assert found == ORDER
 
 
-def run_command(corpus: str, place: Path, threads: int, environment: dict[str, str]) -> RunFolder:
-    """The run of the command in an interpreter of its own."""
+def run_command(corpus: str, place: Path, threads: int, environment: dict[str, str]) -> tuple[RunFolder, str]:
+    """The run of the command in an interpreter of its own, and what that printed."""
     (place / "e.yaml").write_text(yaml.safe_dump(settings(corpus, epochs=2)))
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("COUNTERPOISE", "PYTEST"))}
     words = ["train", "e.yaml", "--runs", "runs", "--name", "a", "--threads", str(threads), "--metrics-port", "off"]
@@ -61,14 +61,14 @@ def run_command(corpus: str, place: Path, threads: int, environment: dict[str, s
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    return RunFolder.open(str(place / "runs" / "a"))
+    return RunFolder.open(str(place / "runs" / "a")), done.stdout + done.stderr
 
 
 def test_another_interpreter_with_other_surroundings_gives_the_same_bits(
     whole: Done, corpus: str, tmp_path: Path
 ) -> None:
     surroundings = {"PYTHONHASHSEED": "7", "TZ": "Pacific/Kiritimati", "LC_ALL": "C", "PYTHONUTF8": "0"}
-    folder = run_command(corpus, tmp_path, 1, surroundings)
+    folder, _ = run_command(corpus, tmp_path, 1, surroundings)
     other = checkpoint.latest(folder.at("checkpoints"))
     assert other is not None
     here = whole.last.tensors
@@ -79,7 +79,8 @@ def test_another_interpreter_with_other_surroundings_gives_the_same_bits(
 
 
 def test_two_threads_give_the_same_order_and_nearly_the_same_losses(whole: Done, corpus: str, tmp_path: Path) -> None:
-    folder = run_command(corpus, tmp_path, 2, {})
+    folder, said = run_command(corpus, tmp_path, 2, {})
+    assert "1 worker on cpu, 2 threads each" in said
     losses = [r["train"]["loss"] for r in folder.records() if r["kind"] == "epoch"]
     near = bool(np.allclose(losses, whole.losses(), rtol=1e-4, atol=0))
     keep("23 surroundings", "two threads", {"threads": 2}, near)

@@ -321,9 +321,8 @@ def test_every_sample_comes_once_and_in_the_same_order_when_workers_come_and_go(
     for trial in range(count(1, 5)):
         draw = chance("elastic", trial)
         first = draw.randrange(5, 2 * BATCHES - 1)
-        second = draw.randrange(
-            first + BATCHES + 1, 3 * BATCHES
-        )  # after an epoch's end, so a checkpoint, of one worker
+        # An epoch ends between the two, so that the one worker has written a checkpoint.
+        second = draw.randrange(first + BATCHES + 1, 3 * BATCHES)
         place = tmp_path / str(trial)
         place.mkdir()
         uri, experiment = start(corpus, place, **calm)

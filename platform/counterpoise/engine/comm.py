@@ -61,7 +61,7 @@ class TorchComm:
             return result
         parts = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(parts, mine)
-        return torch.stack(parts).sum(0)  # in the order of ranks, so the same everywhere
+        return torch.stack(parts).sum(0, dtype=mine.dtype)  # in the order of ranks, so the same everywhere
 
     def begin_gradients(self, kind: str) -> None:
         self._gradients.begin(kind)
