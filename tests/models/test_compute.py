@@ -22,10 +22,10 @@ GROUPED = {name: {"name": "cnn", "channels": [4, 8], "width": 8, "norm": "group"
 METHODS = ["aug", "agm", "mmpareto", "maie"]
 
 
-def picture_encoder() -> nn.Module:
+def picture_encoder(channels: int = 3) -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5)]
-    return nn.Sequential(*layers).train()
+    convolved = [nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    return nn.Sequential(*convolved, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5)).train()
 
 
 def one_pass(compute: Compute, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -71,9 +71,18 @@ def test_channels_last_is_a_layout_and_no_other_network() -> None:
     plain, last = one_pass(Compute(), x), one_pass(Compute(channels_last=True), x)
     for name in plain:
         torch.testing.assert_close(last[name], plain[name], atol=1e-5, rtol=1e-5)
-    encoder = picture_encoder()
-    prepare(nn.ModuleDict({"image": encoder}), Compute(channels_last=True))
-    assert encoder[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_activations_have_channels_last_from_the_first_convolution_on(channels: int) -> None:
+    """Spectrograms too, whose single channel is first and last at once."""
+    encoder = picture_encoder(channels)
+    prepare(nn.ModuleDict({"modality": encoder}), Compute(channels_last=True))
+    seen: list[torch.Tensor] = []
+    for layer in list(encoder)[:3]:  # type: ignore[call-overload]
+        layer.register_forward_hook(lambda *call: seen.append(call[-1]))
+    encode(encoder, torch.randn(6, channels, 8, 8), Compute(channels_last=True))
+    assert len(seen) == 3 and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
 
 
 def test_bf16_rounds_inside_encoders_and_gives_float32_features() -> None:

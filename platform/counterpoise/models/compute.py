@@ -58,7 +58,10 @@ def prepare(encoders: nn.ModuleDict, compute: Compute) -> None:
     if compute.channels_last:
         for parameter in encoders.parameters():
             if parameter.dim() in _LAYOUTS:
-                parameter.data = parameter.data.contiguous(memory_format=_LAYOUTS[parameter.dim()])
+                # Not contiguous(): a weight of one input channel is laid out both ways as it is, and would go on to
+                # make activations with channels first, for itself and for layers behind it.
+                layout = _LAYOUTS[parameter.dim()]
+                parameter.data = torch.empty_like(parameter, memory_format=layout).copy_(parameter.data)
     if compute.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     if compute.compile != "off":
