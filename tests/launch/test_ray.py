@@ -249,6 +249,28 @@ def test_batches_of_ray_data_are_those_of_local_data(ray_cluster: None, corpus: 
             assert local.skipped() == there.skipped()
 
 
+@pytest.mark.parametrize(("cpus", "begun"), [(1.0, 0), (2.0, 1)])
+def test_an_epoch_is_begun_early_where_there_are_cpus_for_it(
+    ray_cluster: None, corpus: str, cpus: float, begun: int
+) -> None:
+    from counterpoise.launch.ingest import RayData
+
+    def reading() -> int:
+        return sum(thread.name == "batches" for thread in threading.enumerate())
+
+    more: dict[str, Any] = {"batch_size": 16, "options": DataOptions(cache="off", decode_threads=1, augment=AUGMENT)}
+    with (
+        contextlib.closing(LocalData(corpus, **more)) as local,
+        contextlib.closing(RayData(corpus, cpus=cpus, **more)) as there,
+    ):
+        before = reading()
+        there.expect(2)
+        assert reading() - before == begun
+        for batches in (lambda data: data.batches("test"), lambda data: data.train_batches(2)):
+            for one, other in zip(batches(local), batches(there), strict=True):
+                assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_an_error_in_a_decoding_task_is_ours(ray_cluster: None, corpus: str) -> None:
     from counterpoise.launch.ingest import RayData
 

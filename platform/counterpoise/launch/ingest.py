@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 STALL_S = 60.0  # nothing arrived for so long: look whether the cluster has room for a task at all
 _BLOCK = 256  # rows of a piece when a whole split is decoded
 _BLOCK_BYTES = 8 * 2**20  # a task hands on its pieces whenever it has so much of them (by default 128 MiB)
+_one_at_a_time = threading.Lock()
 _NO_ORDER = np.empty(0, dtype=np.int64)
 
 
@@ -97,7 +98,12 @@ class RayData(LocalData):
         return self._pipeline(split, list(units), self.world)
 
     def expect(self, epoch: int) -> None:
-        """Nothing: two pipelines of a worker at once could take the CPUs that another's is waiting for."""
+        """Begin an epoch early where the cluster has a CPU for every task of two pipelines of every worker.
+
+        With fewer, its tasks would slow those of evaluation down, or take the CPUs that another worker waits for.
+        """
+        if self._cpus >= 2 * self.world * self.tasks:
+            super().expect(epoch)
 
     # cached
 
@@ -145,7 +151,7 @@ class RayData(LocalData):
         task: Any = _decoded
         rows = [{"unit": pickle.dumps(replace(unit, order=_NO_ORDER))} for unit in units]
         expected = [piece.batch for unit in units for piece in unit.pieces]
-        with _settings(ray):
+        with _one_at_a_time, _settings(ray):
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 task,
                 fn_args=(reference,),
@@ -219,7 +225,10 @@ def _merged(units: Iterable[plan.Unit], wanted: int) -> list[plan.Unit]:
 
 @contextlib.contextmanager
 def _settings(ray: Any) -> Iterator[None]:
-    """Ray Data keeps the order and the terminal clean; settings are copied into a dataset when it is made."""
+    """Ray Data keeps the order and the terminal clean; settings are copied into a dataset when it is made.
+
+    They are the process's: two threads that read must not make their datasets at once.
+    """
     context = ray.data.DataContext.get_current()
     before = (
         context.enable_progress_bars,
