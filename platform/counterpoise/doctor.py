@@ -50,6 +50,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "GPUs that may be used",
     "CUBLAS_WORKSPACE_CONFIG": "reproducible cuBLAS",
     "OMP_NUM_THREADS": "threads of a process",
+    "GLIBC_TUNABLES": "glibc; training on a CPU keeps freed memory unless it names glibc.malloc",
     "WORLD_SIZE": "processes of a group, as torchrun sets it",
     "RANK": "number of this process in its group",
     "LOCAL_RANK": "number of this process on its machine",
@@ -93,7 +94,7 @@ ENVIRONMENT = {
     "TERM": "kind of terminal",
 }
 # Every set variable with one of these beginnings is listed too; only simple values (a number, true) are shown.
-PREFIXES = ("COUNTERPOISE_", "AWS_", "RAY_")
+PREFIXES = ("COUNTERPOISE_", "AWS_", "RAY_", "MALLOC_")
 
 # Plain `uv sync` removes what no named extra needs, so that installing one would drop another.
 _SYNC = "uv sync --inexact"

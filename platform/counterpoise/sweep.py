@@ -188,9 +188,11 @@ def step_seconds(experiment: Experiment, settings: Settings, steps: int = 5) -> 
     from counterpoise.engine.feed import on_device
     from counterpoise.engine.job import open_data
     from counterpoise.engine.loop import RunOptions, Trainer
+    from counterpoise.engine.memory import reuse_memory
 
-    torch.set_num_threads(settings.resolved_threads)
     device = settings.resolved_device
+    torch.set_num_threads(settings.resolved_threads)
+    reuse_memory(device)
     data = open_data(experiment)
     times: list[float] = []
     forwards: list[float] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
 from typing import Any
@@ -76,3 +78,25 @@ main()
     (tmp_path / "e.yaml").write_text(f"corpus: {corpus}\nmethod: joint\nepochs: 1\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "after a step: []" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+@pytest.mark.parametrize(("device", "tuned", "again"), [("cpu", "", 0), ("cpu", "131072", 10), ("cuda", "", 10)])
+def test_a_step_on_a_cpu_gets_the_memory_of_those_before(device: str, tuned: str, again: int) -> None:
+    """Pages that the system gave for ten blocks of 64 MiB, each freed before the next. Users' own tuning holds."""
+    code = f"""
+import resource, torch
+from counterpoise.engine.memory import reuse_memory
+reuse_memory("{device}")
+def ten_blocks():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.full((2**24,), 1.0)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**26
+ten_blocks()
+print(ten_blocks())
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    environment |= {"MALLOC_TRIM_THRESHOLD_": tuned} if tuned else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert float(done.stdout) == pytest.approx(again, abs=1), done.stdout + done.stderr

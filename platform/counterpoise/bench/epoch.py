@@ -123,9 +123,11 @@ def _ours(spec: Mapping[str, Any]) -> Callable[[int], float]:
     from counterpoise.data.loader import LocalData
     from counterpoise.engine.comm import SingleComm
     from counterpoise.engine.loop import RunOptions, Trainer
+    from counterpoise.engine.memory import reuse_memory
     from counterpoise.engine.run import RunFolder
 
     torch.set_num_threads(spec["threads"])
+    reuse_memory(spec["device"])
     if spec.get("unchecked"):
         _leave_pages_unchecked()
     experiment = Experiment(

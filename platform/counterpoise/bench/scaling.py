@@ -120,12 +120,14 @@ def _worker(spec: Mapping[str, Any]) -> Callable[[int], tuple[float, float]]:
     from counterpoise.config import Experiment
     from counterpoise.engine.comm import current_comm, join_group
     from counterpoise.engine.loop import RunOptions, Trainer
+    from counterpoise.engine.memory import reuse_memory
     from counterpoise.engine.run import RunFolder
     from counterpoise.engine.watchdog import Watch, watched_comm
 
     rank, world = spec["rank"], spec["world"]
     device = torch.device(spec["device"])
     torch.set_num_threads(1)
+    reuse_memory(device.type)
     if device.type == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     if world > 1:

@@ -21,6 +21,7 @@ from counterpoise.contracts import LABEL, ROW, Batch, ConfigError, InputSpec
 from counterpoise.data.plan import rank_slice
 from counterpoise.engine.comm import SingleComm
 from counterpoise.engine.loop import RunOptions, Trainer
+from counterpoise.engine.memory import reuse_memory
 from counterpoise.engine.run import RunFolder
 from counterpoise.start import Settings
 
@@ -114,6 +115,7 @@ def step_ratio(
     settings = Settings(device=device, threads=threads)
     place = torch.device(settings.resolved_device)
     torch.set_num_threads(settings.resolved_threads)
+    reuse_memory(settings.resolved_device)
     facts = machine()
     data = OneBatch(batch_size, audio, image)
     with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:

@@ -15,6 +15,7 @@ from counterpoise.engine.comm import SingleComm
 from counterpoise.engine.evaluate import at_missing_rate, predict, predict_without, prediction_columns
 from counterpoise.engine.job import chosen_device, open_data
 from counterpoise.engine.loop import load_model, make_method, make_network
+from counterpoise.engine.memory import reuse_memory
 from counterpoise.engine.metrics import classification_metrics
 from counterpoise.engine.probe import probe_logits, with_probes
 from counterpoise.engine.run import RunFolder
@@ -60,6 +61,7 @@ def evaluate_run(
         experiment = own.model_copy(update={"corpus": corpus, "protocol": protocol})
     best = selected(folder)
     place = torch.device(chosen_device(device))
+    reuse_memory(place.type)
     comm = SingleComm()
     learned = folder.manifest.get("preprocessing")
     opened = [data := open_data(experiment, state=learned)]

@@ -34,6 +34,7 @@ from counterpoise.data.shards import columns_bytes
 from counterpoise.data.units import RawRows, Reader
 from counterpoise.engine.again import missing_cases
 from counterpoise.engine.inference import FUSED, SUMS, Model, load_model, softmax, sums_text
+from counterpoise.engine.memory import reuse_memory
 from counterpoise.plain import read_json
 from counterpoise.wording import did_you_mean
 
@@ -122,6 +123,7 @@ def _here(
 ) -> Generator[Record, None, None]:
     if work.threads is not None:
         torch.set_num_threads(work.threads)
+    reuse_memory(work.device)
     for number in parts:
         record = make_part(number, work, model, stop)
         yield record or {}

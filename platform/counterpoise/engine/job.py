@@ -16,7 +16,7 @@ from counterpoise.contracts import Comm, ConfigError, CounterpoiseError, DataSou
 from counterpoise.data.card import Card, load_card
 from counterpoise.data.loader import LocalData
 from counterpoise.engine.loop import Progress, RunOptions, Trainer
-from counterpoise.engine.memory import explained
+from counterpoise.engine.memory import explained, reuse_memory
 from counterpoise.engine.run import RunFolder
 from counterpoise.engine.watchdog import Watch, guarded, watched_comm, watched_data
 from counterpoise.methods import METHODS
@@ -116,6 +116,7 @@ def execute(
     watch: gets to know what this worker is doing; default: one of its own.
     """
     torch.set_num_threads(job.threads)
+    reuse_memory(job.device)
     if job.device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

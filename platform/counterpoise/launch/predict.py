@@ -18,6 +18,7 @@ import torch
 from counterpoise.contracts import CounterpoiseError, ResourceError
 from counterpoise.engine.bulk import Record, RunParts, Work, make_part
 from counterpoise.engine.inference import Model, load_model
+from counterpoise.engine.memory import reuse_memory
 from counterpoise.launch.cluster import cluster
 from counterpoise.launch.prepare import arrivals
 
@@ -84,6 +85,7 @@ class Predictor:
 
             work: Work = ray.get(reference) if isinstance(reference, ray.ObjectRef) else reference
             torch.set_num_threads(work.threads or 1)
+            reuse_memory(work.device)
             self.model = load_model(work.model, work.device)
             self.work = work
         return make_part(number, self.work, self.model)

@@ -34,6 +34,7 @@ from counterpoise.engine import checkpoint
 from counterpoise.engine.comm import SingleComm, TorchComm, join_group
 from counterpoise.engine.job import chosen_device, open_data
 from counterpoise.engine.loop import RunOptions, Trainer, encoder_configs
+from counterpoise.engine.memory import reuse_memory
 from counterpoise.engine.run import RunFolder
 from counterpoise.planning.facts import Facts
 from counterpoise.planning.workload import Workload, corpus_of, counting_batch, without_weights
@@ -86,6 +87,7 @@ def applied(facts: Facts, found: Mapping[str, Any], kind: str) -> Facts:
 def calibrate(experiment: Experiment, workload: Workload, runs: str, kind: str, say: Say) -> dict[str, Any]:
     """Measure everything that can be measured here. kind: of the device, as plans name it."""
     place = torch.device(chosen_device("cpu" if kind == "cpu" else "cuda"))
+    reuse_memory(place.type)
     facts = machine()
     values: Values = {}
     values["node.cores"] = (float(os.cpu_count() or 1), "counted")
