@@ -1099,6 +1099,7 @@ def bench_step(
         compute=compute,
         against=against,
         floor=floor,
+        say=say,
     )
     _show(result, render, as_json)
 

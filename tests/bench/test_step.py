@@ -21,8 +21,8 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_both_sides_do_the_same_in_turns(checkout: Path) -> None:
     compute = {"channels_last": True}
-    found = step_ratio("resnet18", 2, (16, 24), (32, 16), (1, 3), 3, 1, "cpu", compute=compute, against=str(checkout),
-                       floor=True)  # fmt: skip
+    found = step_ratio("resnet18", 2, (16, 24), (32, 16), (1, 3), 3, 1, "cpu", say=print, compute=compute,
+                       against=str(checkout), floor=True)  # fmt: skip
     sides = [f"{who}, {n}" for who in ("AUG", "released AUG") for n in ("1 classifier", "3 classifiers")]
     names = ["encoders alone", *sides]
     assert [row["what"] for row in found["rows"]] == names
@@ -53,12 +53,12 @@ def test_the_floor_of_a_product_is_counted_by_hand() -> None:
 
 def test_what_is_no_checkout_is_refused(tmp_path: Path, checkout: Path) -> None:
     with pytest.raises(ConfigError, match=r"no checkout of njustkmg/NeurIPS25-AUG, it has no train_CREMAD.py"):
-        step_ratio("resnet18", 2, (16, 16), (16, 16), (1,), 3, 1, "cpu", against=str(tmp_path / "model"))
+        step_ratio("resnet18", 2, (16, 16), (16, 16), (1,), 3, 1, "cpu", say=print, against=str(tmp_path / "model"))
     with pytest.raises(ConfigError, match="resnet18 encoders, not cnn"):
-        step_ratio("cnn", 2, (16, 16), (16, 16), (1,), 3, 1, "cpu", against=str(checkout))
+        step_ratio("cnn", 2, (16, 16), (16, 16), (1,), 3, 1, "cpu", say=print, against=str(checkout))
     (checkout / "train_CREMAD.py").write_text("import something_that_is_not_there")
     with pytest.raises(ResourceError, match="cannot be imported: No module named 'something_that_is_not_there'"):
-        step_ratio("resnet18", 2, (16, 16), (16, 16), (1,), 3, 1, "cpu", against=str(checkout))
+        step_ratio("resnet18", 2, (16, 16), (16, 16), (1,), 3, 1, "cpu", say=print, against=str(checkout))
 
 
 @pytest.mark.parametrize("text", ["257", "axb", "4x4", "9x9x9", "10x100000"])

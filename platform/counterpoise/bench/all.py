@@ -24,7 +24,7 @@ def measure_all(out: str, against: str | None, compute: Mapping[str, Any], devic
         audio, image = shapes
         return step.step_ratio(
             "resnet18", batch_size, audio, image, COUNTS, rounds, None, device,
-            compute=compute, against=against, floor=True,
+            say=say, compute=compute, against=against, floor=True,
         )  # fmt: skip
 
     def reading() -> dict[str, Any]:

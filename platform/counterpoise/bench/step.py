@@ -101,6 +101,7 @@ def step_ratio(
     threads: int | None,
     device: str,
     *,
+    say: Callable[[str], None],
     compute: Mapping[str, Any] | None = None,
     against: str | None = None,
     floor: bool = False,
@@ -147,12 +148,14 @@ def step_ratio(
         for run in variants.values():  # warm up
             run()
             run()
+        say("warmed up")
         memory = {name: peak_memory(step, t, batch) for name, (step, t) in named.items()}
         times: dict[str, list[float]] = {name: [] for name in variants}
         for index in range(rounds):
             names = list(variants)
             for name in names[index % len(names) :] + names[: index % len(names)]:
                 times[name].append(variants[name]())
+            say(f"round {index + 1} of {rounds} done")
     rows = []
     for name, values in times.items():
         row = {"what": name, "median_s": statistics.median(values), "to_encoders": _ratios(values, times[ENCODERS])}
